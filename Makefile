@@ -1,0 +1,53 @@
+# The daily commands. `make` alone lists them.
+# PYTHON=python3.12 chooses the interpreter; ARGS="..." goes on to the command, as in `make run ARGS="-P epochs=3"`.
+
+PYTHON ?= python3
+ARGS ?=
+URI = $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: help run test lint lock ui bench clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+run: .venv/installed  ## train on the embedded data set with `mlflow run`, making .venv first
+	@$(IN_VENV) MLFLOW_TRACKING_URI="$(URI)" mlflow run --env-manager local . $(ARGS)
+	@echo "Look at the run: make ui"
+
+test: .venv/installed-dev  ## run the tests, the quick ones first
+	@$(IN_VENV) pytest $(ARGS)
+
+lint: .venv/installed-dev  ## check style, types and file hygiene
+	@$(IN_VENV) pre-commit run --all-files $(ARGS)
+
+lock: .venv/installed-dev  ## remake the locks and conda.yaml (ARGS=--upgrade: newest releases)
+	@$(IN_VENV) python .ci/lock.py $(ARGS)
+
+# One worker and no job runners: a tenth of the memory and start-up time, and plenty for one person.
+ui: .venv/installed  ## serve the tracking UI on http://127.0.0.1:5000 (ARGS="--port 5001": elsewhere)
+	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		mlflow server --backend-store-uri "$(URI)" --host 127.0.0.1 --workers 1 $(ARGS)
+
+bench: .venv/installed-dev  ## run every benchmark; each prints its ratio last
+	@for script in benchmarks/*.py; do echo "== $$script"; $(IN_VENV) python "$$script" || exit 1; done
+
+clean:  ## remove .venv and the tools' caches; runs and data stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment counts only once its stamp, written last, is there and newer than its lock: an interrupted install
+# is started again from nothing. pip comes from outside, because Debian's Python cannot put one into a venv.
+.venv/installed: requirements.lock
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
+		sys.exit(f"error: Python 3.11 or later is needed, $(PYTHON) is {v}; name another: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("pip") or \
+		sys.exit("error: $(PYTHON) has no pip; install it (Debian: apt-get install python3-pip)")'
+	$(PYTHON) -m venv --clear --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.lock
+	.venv/bin/python -m pip install --quiet --require-hashes -r requirements-dev.lock
+	@touch $@
