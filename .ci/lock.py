@@ -1,7 +1,7 @@
 """Remake requirements.lock, requirements-dev.lock, conda.yaml and, where conda works, conda-lock.yml.
 
-Run it as `make lock`. Pins that still fit are kept, so a second run changes nothing; `make lock ARGS=--upgrade`
-asks for the newest releases. All is made in a temporary folder and moved into place at the end: a failure, for
+Run it as `make lock`. Pins that still fit are kept, so a second run changes nothing; for the newest releases:
+`make lock ARGS=--upgrade`. All is made in a temporary folder and moved into place at the end: a failure, for
 example no network, changes no file. Exit code 1 when nothing could be locked.
 """
 
@@ -83,8 +83,8 @@ def main(arguments: list[str]) -> int:
         try:
             compile_lock(folder, "requirements", arguments)
             compile_lock(folder, "requirements-dev", arguments)
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            print(f"error: the locks could not be made, and no file was changed: {error}", file=sys.stderr)
+        except subprocess.CalledProcessError:  # uv has said why
+            print("error: the locks could not be made, and no file was changed", file=sys.stderr)
             return 1
         (folder / "conda.yaml").write_text(conda_yaml((folder / "requirements.lock").read_text()))
         if reason := conda_lock(folder):
