@@ -1,0 +1,98 @@
+"""Encoded images -> uint8 pixels. Pillow and numpy only, so that prediction can use it without torch."""
+
+import io
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_loader import DataError
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+MAX_PIXELS = 89_478_485  # 2**28 // 3, Pillow's own limit: 256 MiB of RGB
+ORIENTATION = 0x0112  # the EXIF tag (CIPA DC-008, 4.6.4)
+
+
+def decode_image(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
+    """Decode one PNG, JPEG, BMP or WebP image to uint8 [height, width, channels]; channels is 1 or 3.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit values are divided by 257 (65535 -> 255),
+    and an image of another size is resized, without keeping its aspect, by Pillow's antialiased bilinear filter.
+    Of an animation the first frame counts. Raises DataError, whose message is the reason alone, without a file name.
+    """
+    if not data:
+        raise DataError("empty file")
+    with _open(io.BytesIO(data)) as image:
+        try:
+            # A JPEG much larger than needed is decoded at a half, a quarter or an eighth: several times faster.
+            image.draft(None, (2 * max(height, width),) * 2)
+            image.load()
+            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            flat = _flatten(upright).convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # decoders raise anything on damaged bytes, from OSError to IndexError
+            raise DataError(f"corrupt or truncated image: {error}") from None
+    return resize(np.asarray(flat).reshape(flat.height, flat.width, channels), height, width)
+
+
+def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [height, width, C]; the same array where the size is right already."""
+    if image_HWC.shape[:2] == (height, width):
+        return image_HWC
+    grey = image_HWC.shape[2] == 1
+    image = Image.fromarray(image_HWC[:, :, 0] if grey else image_HWC)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return resized.reshape(height, width, image_HWC.shape[2])
+
+
+def header(path: Path) -> tuple[int, int, bool]:
+    """(height, width, is grey) of an image file as it will be decoded, from its first bytes. Raises DataError."""
+    if path.stat().st_size == 0:
+        raise DataError("empty file")
+    with path.open("rb") as file, _open(file) as image:
+        width, height = image.size
+        if _orientation(image) in (5, 6, 7, 8):  # those with a quarter turn
+            width, height = height, width
+        return height, width, _is_grey(image)
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise DataError("not a PNG, JPEG, BMP or WebP image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"more than {MAX_PIXELS} pixels (a decompression bomb?)") from None
+    except Exception as error:
+        raise DataError(f"corrupt image: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise DataError(f"more than {MAX_PIXELS} pixels (a decompression bomb?)")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        palette = np.asarray(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+        return bool((palette == palette[:, :1]).all())
+    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """The image in eight bits a channel and without transparency."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        values_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        white.alpha_composite(layer)
+        return white.convert("RGB")
+    return image
