@@ -16,7 +16,9 @@ CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of one array set. split: the publisher's, or None. chunks(): uint8 [n, H, W, C] one after another."""
+    """Some images of one array set. split: the publisher's, or None. chunks(): uint8 [n, H, W, C] one after
+    another.
+    """
 
     split: str | None
     labels_N: np.ndarray
@@ -43,7 +45,9 @@ def rows_per_chunk(shape_HWC: tuple[int, int, int]) -> int:
 def read_parts(
     parts: list[Part], classes: tuple[str, ...], files: Iterable[Path], images_path: Path, image_size: int
 ) -> Contents:
-    """Write all images to images_path, in order, resized if image_size is not 0; split by each image's pixel bytes."""
+    """Write all images to images_path, in order, resized if image_size is not 0; split by each image's
+    pixel bytes.
+    """
     natural = parts[0].shape_HWC
     shape = (image_size, image_size, natural[2]) if image_size else natural
     official = {part.split for part in parts if part.split}

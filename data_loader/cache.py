@@ -1,7 +1,9 @@
-"""The decoded images on disk: .npy files in one folder for each digest and image shape, opened as memory maps.
+"""The decoded images on disk: .npy files in one folder for each digest and image shape, opened as memory
+maps.
 
-A folder is made under a temporary name, checked and renamed, so one that has its name is whole. Writing needs the
-lock of the data directory (dataset.py); reading needs none. Folders may be deleted at any time: they are made again.
+A folder is made under a temporary name, checked and renamed, so one that has its name is whole. Writing
+needs the lock of the data directory (dataset.py); reading needs none. Folders may be deleted at any time:
+they are made again.
 """
 
 import shutil

@@ -17,8 +17,9 @@ from data_loader.sources import Source, find
 class Dataset:
     """Labelled uint8 images.
 
-    images_NHWC is a read-only memory map with C of 1 or 3; labels_N are positions in classes; rows gives for "train",
-    "val" and "test" the int64 row numbers; digest names the raw files and their splits, whatever the image size.
+    images_NHWC is a read-only memory map with C of 1 or 3; labels_N are positions in classes; rows gives
+    for "train", "val" and "test" the int64 row numbers; digest names the raw files and their splits,
+    whatever the image size.
     """
 
     name: str
@@ -34,10 +35,10 @@ class Dataset:
 def load(dataset: str, *, data_dir: Path, image_size: int = 0, on_error: str = "fail") -> Dataset:
     """Make a data set ready and open it.
 
-    dataset: digits, mnist, fashion_mnist, cifar10, a folder of class folders, an .npz file, or an s3://bucket/prefix of
-    either. data_dir: where downloads, manifests and decoded images are kept; whatever is there already is not made
-    again. image_size: pixels a side, 0 for the images' own size. on_error: what bad files do, "fail" or "skip".
-    Raises DataError for anything that the user has to put right.
+    dataset: digits, mnist, fashion_mnist, cifar10, a folder of class folders, an .npz file, or an
+    s3://bucket/prefix of either. data_dir: where downloads, manifests and decoded images are kept; whatever
+    is there already is not made again. image_size: pixels a side, 0 for the images' own size. on_error:
+    what bad files do, "fail" or "skip". Raises DataError for anything that the user has to put right.
     """
     if on_error not in ("fail", "skip"):
         raise DataError(f"on_error={on_error!r}; allowed: fail, skip")

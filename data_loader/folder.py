@@ -1,4 +1,6 @@
-"""A folder of class folders, with or without train, val and test above them -> the cache and the manifest's entries."""
+"""A folder of class folders, with or without train, val and test above them -> the cache and the manifest's
+entries.
+"""
 
 import hashlib
 import os
@@ -22,12 +24,15 @@ MIXED_SIZE = 64  # pixels a side, for image_size=0 when the images differ
 THREADS = max(2, os.cpu_count() or 1)
 BATCH = 16  # files a task: fewer make the hand-over dearer than a small image
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """root: the folder. source and refused are for a mirror of a bucket: its address and what could not be mirrored."""
+    """root: the folder. address and refused are for a mirror of a bucket: its address and what could not be
+    mirrored.
+    """
 
     root: Path
     address: str = ""
@@ -50,11 +55,14 @@ class FolderSource:
         return stamp([*rows, *self.refused])
 
     def read(self, images_path: Path, image_size: int) -> Contents:
-        """Two passes: the headers, for the shape that all images will have; then hash and decode, each file once."""
+        """Two passes: the headers, for the shape that all images will have; then hash and decode, each file
+        once.
+        """
         found = list_folder(self.root)
         if not any(f.problem is None for f in found):
             raise DataError(
-                f"{self.source} holds no images in class folders; expected FOLDER/CLASS/IMAGE or FOLDER/train/CLASS/IMAGE"
+                f"{self.source} holds no images in class folders; expected"
+                " FOLDER/CLASS/IMAGE or FOLDER/train/CLASS/IMAGE"
             )
         heads = list(_in_threads(self._head, found, "reading headers"))
         natural = self._natural_shape(heads, image_size)
@@ -116,8 +124,8 @@ class FolderSource:
             return (*sizes.pop(), channels)
         if sizes and not image_size:
             print(
-                f"{self.name}: images of {len(sizes)} sizes, from {min(sizes)} to {max(sizes)} (height, width), are resized"
-                f" to {MIXED_SIZE}x{MIXED_SIZE}; image_size=N chooses another size",
+                f"{self.name}: images have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)} (H, W),"
+                f" are resized to {MIXED_SIZE}x{MIXED_SIZE}; image_size=N chooses another size",
                 file=sys.stderr,
             )
         return MIXED_SIZE, MIXED_SIZE, channels
@@ -151,7 +159,9 @@ def _hash(path: Path) -> str:
 
 
 def _in_threads(work: Callable[[T], R], items: list[T], title: str) -> Iterator[R]:
-    """work(item) for every item, in order, with few results waiting: memory does not grow with their number."""
+    """work(item) for every item, in order, with few results waiting: memory does not grow with their
+    number.
+    """
     from tqdm import tqdm
 
     def work_on(batch: list[T]) -> list[R]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_loader import DataError
 
@@ -17,15 +17,16 @@ ORIENTATION = 0x0112  # the EXIF tag (CIPA DC-008, 4.6.4)
 def decode_image(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
     """Decode one PNG, JPEG, BMP or WebP image to uint8 [height, width, channels]; channels is 1 or 3.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit values are divided by 257 (65535 -> 255),
-    and an image of another size is resized, without keeping its aspect, by Pillow's antialiased bilinear filter.
-    Of an animation the first frame counts. Raises DataError, whose message is the reason alone, without a file name.
+    EXIF orientation is applied, transparency is laid over white, 16-bit values are divided by 257 (65535 ->
+    255), and an image of another size is resized, without keeping its aspect, by Pillow's antialiased
+    bilinear filter. Of an animation the first frame counts. Raises DataError, whose message is the reason
+    alone, without a file name.
     """
     if not data:
         raise DataError("empty file")
     with _open(io.BytesIO(data)) as image:
         try:
-            # A JPEG much larger than needed is decoded at a half, a quarter or an eighth: several times faster.
+            # A JPEG much larger than needed is decoded at a half, a quarter or an eighth: much faster.
             image.draft(None, (2 * max(height, width),) * 2)
             image.load()
             upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
@@ -46,7 +47,9 @@ def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def header(path: Path) -> tuple[int, int, bool]:
-    """(height, width, is grey) of an image file as it will be decoded, from its first bytes. Raises DataError."""
+    """(height, width, is grey) of an image file as it will be decoded, from its first bytes. Raises
+    DataError.
+    """
     if path.stat().st_size == 0:
         raise DataError("empty file")
     with path.open("rb") as file, _open(file) as image:
@@ -59,7 +62,7 @@ def header(path: Path) -> tuple[int, int, bool]:
 def _open(file: IO[bytes]) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DataError("not a PNG, JPEG, BMP or WebP image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"more than {MAX_PIXELS} pixels (a decompression bomb?)") from None

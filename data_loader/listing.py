@@ -15,7 +15,9 @@ HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")  # and all that begins with a 
 
 @dataclass(frozen=True)
 class Found:
-    """One file below the folder, or something there that cannot be a file of a class (then problem says why)."""
+    """One file below the folder, or something there that cannot be a file of a class (then problem says
+    why).
+    """
 
     path: str  # relative, with /
     class_name: str | None
@@ -26,13 +28,15 @@ class Found:
 
 
 def list_folder(root: Path) -> list[Found]:
-    """All files of a folder of classes, in order of path. Raises DataError if the folder cannot be read as one."""
+    """All files of a folder of classes, in order of path. Raises DataError if the folder cannot be read as
+    one.
+    """
     try:
         entries = _visible(root)
     except OSError as error:
         raise DataError(f"{root} cannot be listed: {error.strerror}") from None
     folders = [entry for entry in entries if _is_folder(entry)]
-    ancestors = frozenset([_identity(os.stat(root))])
+    ancestors = frozenset([_identity(root.stat())])
     names = {entry.name.lower() for entry in folders}
     if "train" in names and names <= SPLIT_FOLDERS.keys():
         found = [*_strays(entries, "")]
@@ -41,7 +45,7 @@ def list_folder(root: Path) -> list[Found]:
     elif len(names & SPLIT_FOLDERS.keys()) > 1 and "train" in names:
         others = sorted(entry.name for entry in folders if entry.name.lower() not in SPLIT_FOLDERS)
         raise DataError(
-            f"{root} holds split folders and others beside them: {others[:5]}; expected the one or the other"
+            f"{root} holds split folders and others beside them: {others[:5]}; expected one or the other"
         )
     else:
         found = [*_strays(entries, "")]
@@ -79,7 +83,9 @@ def _walk(
     split: str | None,
     ancestors: frozenset[tuple[int, int]],
 ) -> Iterator[Found]:
-    """The files at and below one entry of a class folder; ancestors are the folders that the way came through."""
+    """The files at and below one entry of a class folder; ancestors are the folders that the way came
+    through.
+    """
     path = above + entry.name
     try:
         status = entry.stat()
@@ -98,7 +104,9 @@ def _walk(
 
 
 def _strays(entries: list[os.DirEntry[str]], above: str) -> Iterator[Found]:
-    """Images and broken links outside all class folders. Others there (a README, a licence) are nobody's data."""
+    """Images and broken links outside all class folders. Others there (a README, a licence) are nobody's
+    data.
+    """
     for entry in entries:
         if _is_folder(entry):
             continue

@@ -1,12 +1,11 @@
 """The manifest: what the data is, file by file, and one digest for the whole.
 
-It is kept in the data directory beside a stamp of the raw files (names, sizes, times), so that a later start can tell
-without reading them that nothing has changed.
+It is kept in the data directory beside a stamp of the raw files (names, sizes, times), so that a later
+start can tell without reading them that nothing has changed.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ NAMED_IN_ERRORS = 3
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source read. files: {"path", "bytes", "sha256", "class", "split"}, for each file that can be used;
-    bad: {"path", "bytes", "sha256", "class", "reason"}. labels_N are positions in classes, splits_N in SPLITS.
+    """What a source read. files: {"path", "bytes", "sha256", "class", "split"}, for each file that can be
+    used; bad: {"path", "bytes", "sha256", "class", "reason"}. labels_N are positions in classes, splits_N
+    in SPLITS.
     """
 
     classes: tuple[str, ...]
@@ -35,7 +35,9 @@ class Contents:
 
 
 def make(name: str, source: str, contents: Contents) -> dict[str, Any]:
-    """The manifest as a JSON-able dict. Raises DataError if a split is empty or there are fewer than two classes."""
+    """The manifest as a JSON-able dict. Raises DataError if a split is empty or there are fewer than two
+    classes.
+    """
     counts = {
         split: {
             cls: int(count)
@@ -121,7 +123,7 @@ def save(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load(path: Path) -> dict[str, Any] | None:

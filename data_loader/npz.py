@@ -1,4 +1,5 @@
-"""Data sets in one .npz file: `images` and `labels` (and `classes`), or Keras' `x_train, y_train, x_test, y_test`.
+"""Data sets in one .npz file: `images` and `labels` (and `classes`), or Keras' `x_train, y_train, x_test,
+y_test`.
 
 Pixels are streamed out of the archive chunk by chunk, so the arrays may be larger than memory.
 """
@@ -22,7 +23,10 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class NpzSource:
+    """path: the file. address: where it was mirrored from, if it was."""
+
     path: Path
+    address: str = ""
 
     @property
     def name(self) -> str:
@@ -30,7 +34,7 @@ class NpzSource:
 
     @property
     def source(self) -> str:
-        return str(self.path)
+        return self.address or str(self.path)
 
     def fetch(self) -> None:
         if not self.path.is_file():
@@ -48,19 +52,19 @@ class NpzSource:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{self.path} cannot be read as an .npz file ({error}); expected: {LAYOUT}"
+                f"{self.source} cannot be read as an .npz file ({error}); expected: {LAYOUT}"
             ) from None
 
     def _parts(self, archive: zipfile.ZipFile) -> tuple[list[Part], tuple[str, ...]]:
         keys = {name.removesuffix(".npy") for name in archive.namelist()}
         if {"images", "labels"} <= keys:
-            wanted = [(None, "images", "labels")]
+            wanted: list[tuple[str | None, str, str]] = [(None, "images", "labels")]
         elif {"x_train", "y_train", "x_test", "y_test"} <= keys:
             wanted = [("train", "x_train", "y_train"), ("test", "x_test", "y_test")]
             if {"x_val", "y_val"} <= keys:
                 wanted.insert(1, ("val", "x_val", "y_val"))
         else:
-            raise DataError(f"{self.path} holds the arrays {sorted(keys)}; expected: {LAYOUT}")
+            raise DataError(f"{self.source} holds the arrays {sorted(keys)}; expected: {LAYOUT}")
         labels = {key: self._labels(archive, key) for _, _, key in wanted}
         every_N = np.concatenate(list(labels.values()))
         names: tuple[str, ...]
@@ -68,7 +72,7 @@ class NpzSource:
             names = self._classes(archive)
             if every_N.dtype.kind not in "iu" or every_N.min() < 0 or every_N.max() >= len(names):
                 raise DataError(
-                    f"{self.path}: with {len(names)} classes the labels must be 0 to {len(names) - 1}"
+                    f"{self.source}: with {len(names)} classes the labels must be 0 to {len(names) - 1}"
                 )
             codes = {key: values.astype(np.int64) for key, values in labels.items()}
         else:
@@ -77,7 +81,7 @@ class NpzSource:
             codes = {key: np.searchsorted(values, labels_N) for key, labels_N in labels.items()}
         parts = [self._part(archive, split, images, codes[key]) for split, images, key in wanted]
         if len({part.shape_HWC for part in parts}) > 1:
-            raise DataError(f"{self.path}: images of several shapes {[part.shape_HWC for part in parts]}")
+            raise DataError(f"{self.source}: images of several shapes {[part.shape_HWC for part in parts]}")
         return parts, names
 
     def _labels(self, archive: zipfile.ZipFile, key: str) -> np.ndarray:
@@ -86,7 +90,8 @@ class NpzSource:
             labels = labels[:, 0]
         if labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(labels) == 0:
             raise DataError(
-                f"{self.path}: {key} is {labels.dtype} {list(labels.shape)}; expected whole numbers or text [N], N > 0"
+                f"{self.source}: {key} is {labels.dtype} {list(labels.shape)}; expected whole"
+                " numbers or text [N], N > 0"
             )
         return labels
 
@@ -94,7 +99,8 @@ class NpzSource:
         classes = self._small(archive, "classes")
         if classes.ndim != 1 or classes.dtype.kind != "U" or len(set(classes.tolist())) != len(classes):
             raise DataError(
-                f"{self.path}: classes is {classes.dtype} {list(classes.shape)}; expected different texts [K]"
+                f"{self.source}: classes is {classes.dtype} {list(classes.shape)}; expected different"
+                " texts [K]"
             )
         return tuple(classes.tolist())
 
@@ -109,12 +115,15 @@ class NpzSource:
         channels = shape[3] if len(shape) == 4 else 1
         if dtype != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape:
             raise DataError(
-                f"{self.path}: {key} is {dtype} {list(shape)}; expected uint8 [N,H,W] or [N,H,W,C], C 1 or 3, N > 0"
+                f"{self.source}: {key} is {dtype} {list(shape)}; expected uint8 [N,H,W]"
+                " or [N,H,W,C], C 1 or 3, N > 0"
             )
         if not in_order:
-            raise DataError(f"{self.path}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
+            raise DataError(f"{self.source}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
         if shape[0] != len(labels_N):
-            raise DataError(f"{self.path}: {shape[0]} {key} but {len(labels_N)} labels; each image needs one")
+            raise DataError(
+                f"{self.source}: {shape[0]} {key} but {len(labels_N)} labels; each image needs one"
+            )
         shape_HWC = (shape[1], shape[2], channels)
 
         def chunks() -> Iterator[np.ndarray]:
@@ -126,7 +135,7 @@ class NpzSource:
                     size = count * int(np.prod(shape_HWC))
                     data = file.read(size)
                     if len(data) != size:
-                        raise DataError(f"{self.path}: {key} is cut short")
+                        raise DataError(f"{self.source}: {key} is cut short")
                     yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape_HWC)
 
         return Part(split, labels_N, shape_HWC, chunks)

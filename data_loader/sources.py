@@ -1,7 +1,7 @@
 """Where data sets come from: one class a kind of source, all with the same three methods.
 
-fetch() makes the raw files be there, stamp() tells cheaply whether they changed (None: not there), and read() turns
-them into the cache's images.npy and the Contents of the manifest.
+fetch() makes the raw files be there, stamp() tells cheaply whether they changed (None: not there), and
+read() turns them into the cache's images.npy and the Contents of the manifest.
 """
 
 import hashlib
@@ -51,14 +51,16 @@ def find(dataset: str, data_dir: Path) -> Source:
         return NpzSource(path.resolve())
     state = "is a file, but no .npz" if path.is_file() else "does not exist"
     raise DataError(
-        f"dataset={dataset!r} {state}; allowed: {', '.join(BUILT_IN)}, a folder of class folders, an .npz file"
-        " or an s3://bucket/prefix of either"
+        f"dataset={dataset!r} {state}; allowed: {', '.join(BUILT_IN)}, a folder of class folders, an .npz"
+        " file or an s3://bucket/prefix of either"
     )
 
 
 @dataclass(frozen=True)
 class Digits:
-    """The 1,797 8x8 digits that come with scikit-learn (UCI, Alpaydin and Kaynak 1998), values 0-16 spread to 0-255."""
+    """The 1,797 8x8 digits that come with scikit-learn (UCI, Alpaydin and Kaynak 1998), values 0-16 spread
+    to 0-255.
+    """
 
     data_dir: Path
     name: str = "digits"
@@ -155,7 +157,9 @@ class IdxSet:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A memory map of the uint8 array in an IDX file (LeCun's format: 0, 0, type 8, rank, big-endian sizes, values)."""
+    """A memory map of the uint8 array in an IDX file (LeCun's format: 0, 0, type 8, rank, big-endian sizes,
+    values).
+    """
     with path.open("rb") as file:
         head = file.read(4)
         rank = head[3] if len(head) == 4 and head[:3] == b"\0\0\x08" else 0

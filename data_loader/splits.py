@@ -1,7 +1,8 @@
 """Which split an image belongs to, decided by its content alone.
 
-The first eight bytes of the SHA-256 of an image, read as a fraction of 2**64, are uniform on [0, 1). So the split of
-an image depends on nothing but the image: adding others never moves it, and equal images never stand in two splits.
+The first eight bytes of the SHA-256 of an image, read as a fraction of 2**64, are uniform on [0, 1). So the
+split of an image depends on nothing but the image: adding others never moves it, and equal images never
+stand in two splits.
 """
 
 from collections.abc import Iterable
@@ -21,8 +22,9 @@ def fraction(sha256: bytes) -> float:
 def split_of(sha256: bytes, given: str | None, official: Iterable[str]) -> str:
     """The split of one image.
 
-    sha256: of the image's content. given: the split its publisher put it in, or None. official: the splits that the
-    publisher made; val and test are kept, and whichever of them is absent is taken out of the training images.
+    sha256: of the image's content. given: the split its publisher put it in, or None. official: the splits
+    that the publisher made; val and test are kept, and whichever of them is absent is taken out of the
+    training images.
     """
     if given in ("val", "test"):
         return given

@@ -1,0 +1,232 @@
+"""An s3://bucket/prefix, mirrored into the data directory; then it is a folder or an .npz like any other.
+
+An object is downloaded under a temporary name, checked against the size and the ETag that the listing gave,
+and renamed. Objects that have not changed are not downloaded again; what was deleted in the bucket goes
+from the mirror. Credentials come from boto3's own chain, the endpoint from the environment.
+"""
+
+import hashlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from data_loader import DataError
+from data_loader.folder import FolderSource
+from data_loader.manifest import Contents, load, save
+from data_loader.npz import NpzSource
+
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+CONNECTIONS = 16
+CHUNK_BYTES = 2**20
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ATTEMPTS = 5, 30, 3
+NAME_BYTES = 255  # the longest file name that common file systems take
+
+
+@dataclass
+class S3Source:
+    """uri: s3://bucket/prefix of class folders, or s3://bucket/key.npz."""
+
+    uri: str
+    data_dir: Path
+    _local: FolderSource | NpzSource | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.source.removeprefix("s3://")).name.removesuffix(".npz")
+
+    @property
+    def source(self) -> str:
+        return self.uri.rstrip("/")
+
+    def fetch(self) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        where = f"{self.source} at {endpoint() or 'AWS'}"
+        try:
+            self._local = self._mirror()
+        except ClientError as error:
+            details = error.response.get("Error", {})
+            code, said = details.get("Code", "?"), details.get("Message") or ""
+            raise DataError(f"cannot read {where}: {code} {said} ({_ADVICE.get(code, _USUAL)})") from None
+        except BotoCoreError as error:
+            raise DataError(f"cannot read {where}: {error} ({_USUAL})") from None
+
+    def stamp(self) -> str | None:
+        return self._local.stamp() if self._local else None
+
+    def read(self, images_path: Path, image_size: int) -> Contents:
+        assert self._local is not None, "fetch() comes first"
+        return self._local.read(images_path, image_size)
+
+    def _mirror(self) -> FolderSource | NpzSource:
+        bucket, prefix = split_uri(self.uri)
+        single = prefix.endswith(".npz")
+        client = make_client()
+        objects = _list_objects(client, bucket, prefix if single else f"{prefix}/" if prefix else "")
+        if single:
+            objects = {key: about for key, about in objects.items() if key == prefix}
+        if not objects:
+            raise DataError(
+                f"{self.source} at {endpoint() or 'AWS'} holds no objects; check the bucket and the prefix"
+            )
+        start = len(prefix) - len(PurePosixPath(prefix).name) if single else len(prefix) + bool(prefix)
+        wanted = {key[start:]: (key, *about) for key, about in objects.items()}
+        refused = _refused(wanted)
+        mirror = (
+            self.data_dir / "s3" / hashlib.sha256(f"{endpoint()} {self.source}".encode()).hexdigest()[:16]
+        )
+        _synchronise(client, bucket, mirror, {name: it for name, it in wanted.items() if name not in refused})
+        if single:
+            return NpzSource(mirror / "files" / PurePosixPath(prefix).name, self.source)
+        return FolderSource(mirror / "files", self.source, tuple(sorted(refused.items())))
+
+
+_USUAL = (
+    f"look at the address, the network, the endpoint ({', '.join(ENDPOINT_VARIABLES)})"
+    " and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or a profile)"
+)
+_ADVICE = {
+    "NoSuchBucket": "no such bucket: check its name and the endpoint",
+    "NoSuchKey": "the object went away: try again",
+    "PreconditionFailed": "an object changed during the download: try again",
+    "412": "an object changed during the download: try again",
+    "AccessDenied": "these credentials may not list or read there",
+    "InvalidAccessKeyId": "the endpoint does not know this access key",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+}
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """(bucket, key or prefix without outer slashes) of an s3:// address. Raises DataError."""
+    parts = urlsplit(uri, allow_fragments=False)
+    bucket, prefix = parts.netloc, (parts.path + (f"?{parts.query}" if parts.query else "")).strip("/")
+    if parts.scheme != "s3" or not bucket or "@" in bucket or ":" in bucket:
+        raise DataError(f"{uri!r} is no address of the form s3://bucket/prefix")
+    return bucket, prefix
+
+
+def endpoint() -> str | None:
+    """The first endpoint that the environment names; None means AWS itself."""
+    return next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
+
+
+def make_client() -> Any:
+    """A boto3 client that gives up after seconds. It may be used from several threads."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"max_attempts": ATTEMPTS, "mode": "standard"},
+        max_pool_connections=CONNECTIONS,
+        # A server of one's own rarely has a DNS name for each bucket.
+        s3={"addressing_style": "path" if endpoint() else "auto"},
+    )
+    try:
+        return boto3.session.Session().client("s3", endpoint_url=endpoint(), config=config)
+    except ValueError as error:
+        raise DataError(f"{endpoint()!r} is no endpoint ({error}); expected http://host:port") from None
+
+
+def _list_objects(client: Any, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
+    """{key: (bytes, ETag)}, without the empty objects that stand for folders."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {
+        found["Key"]: (found["Size"], found["ETag"].strip('"'))
+        for page in pages
+        for found in page.get("Contents", ())
+        if not found["Key"].endswith("/")
+    }
+
+
+def _refused(names: dict[str, Any]) -> dict[str, str]:
+    """{name: why it cannot be a file below the mirror}"""
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    refused = {}
+    for name in names:
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            refused[name] = "unsafe object key: an empty part, . or .."
+        elif any(len(part.encode()) > NAME_BYTES for part in parts):
+            refused[name] = f"object key with a part of more than {NAME_BYTES} bytes"
+        elif name in folders:
+            refused[name] = "object key that is also the folder of others"
+    return refused
+
+
+def _synchronise(client: Any, bucket: str, mirror: Path, wanted: dict[str, tuple[str, int, str]]) -> None:
+    """Make mirror/files hold exactly `wanted`: {name: (key, bytes, ETag)}."""
+    from tqdm import tqdm
+
+    files, partial, state_path = mirror / "files", mirror / ".partial", mirror / "objects.json"
+    state = load(state_path) or {}
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in state.keys() - wanted.keys():
+        (files / name).unlink(missing_ok=True)
+    missing = {
+        name: (key, size, etag)
+        for name, (key, size, etag) in wanted.items()
+        if state.get(name) != [size, etag] or not _has_size(files / name, size)
+    }
+    state = {name: [size, etag] for name, (_, size, etag) in wanted.items() if name not in missing}
+    save(state_path, state)
+    files.mkdir(exist_ok=True)
+    _remove_empty_folders(files)
+    total = sum(size for _, size, _ in missing.values())
+    with (
+        ThreadPoolExecutor(CONNECTIONS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=None, delay=1) as bar,
+    ):
+        waiting = {}
+        for number, (name, (key, size, etag)) in enumerate(missing.items()):
+            temporary = partial / str(number)
+            waiting[pool.submit(_download, client, bucket, key, size, etag, temporary)] = name, temporary
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                name, temporary = waiting[future]
+                (files / name).parent.mkdir(parents=True, exist_ok=True)
+                temporary.replace(files / name)
+                _, size, etag = missing[name]
+                state[name] = [size, etag]
+                bar.update(size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            save(state_path, state)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(client: Any, bucket: str, key: str, size: int, etag: str, path: Path) -> None:
+    """One object to a file; IfMatch refuses one that changed since it was listed."""
+    answer = client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
+    md5 = hashlib.md5(usedforsecurity=False)
+    count = 0
+    with path.open("wb") as file:
+        for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
+            file.write(chunk)
+            md5.update(chunk)
+            count += len(chunk)
+    # The ETag is the MD5 only of an object that came in one part and is not encrypted with a key of its own.
+    keyed = answer.get("SSECustomerAlgorithm") or answer.get("ServerSideEncryption", "AES256") != "AES256"
+    if count != size or not ("-" in etag or keyed or md5.hexdigest() == etag):
+        raise DataError(f"s3://{bucket}/{key} arrived damaged ({count} of {size} bytes); try again")
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _remove_empty_folders(root: Path) -> None:
+    """A class whose objects are all gone is no class any more."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        if Path(folder) != root and not any(Path(folder).iterdir()):
+            Path(folder).rmdir()

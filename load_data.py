@@ -1,0 +1,62 @@
+"""Fetch a data set, check it, decode it once, and record what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.runtime import launch
+from utils.settings import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Make a data set ready for training and log what is in it."""
+
+    dataset: str = setting(
+        "digits",
+        "digits, mnist, fashion_mnist, cifar10, a folder of class folders, an .npz, s3://bucket/prefix",
+    )
+    data_dir: str = setting("data", "folder for downloads and decoded images")
+    image_size: int = setting(0, "pixels a side; 0 keeps the images' own size", minimum=0)
+    on_error: str = setting("fail", "what a bad file does", choices=("fail", "skip"))
+    seed: int = setting(0, "chooses the images in the sample grid", minimum=0)
+
+
+def main(settings: Settings) -> None:
+    from data_loader.dataset import load
+    from data_loader.pictures import class_histogram, sample_grid
+    from utils import tracking
+
+    with tracking.start_run(settings, entry_point="load_data") as run:
+        dataset = load(
+            settings.dataset,
+            data_dir=Path(settings.data_dir),
+            image_size=settings.image_size,
+            on_error=settings.on_error,
+        )
+        run.params({"data_digest": dataset.digest})
+        run.tags({"data_digest": dataset.digest})
+        run.dataset(name=dataset.name, digest=dataset.digest, source=dataset.source, context="training")
+        counts = {f"data/{split}_images": float(len(rows)) for split, rows in dataset.rows.items()}
+        bad = dataset.manifest["bad"]
+        run.metrics(
+            {**counts, "data/classes": float(len(dataset.classes)), "data/bad_files": float(len(bad))}
+        )
+        run.json(dataset.manifest, "manifest.json")
+        run.picture(class_histogram(dataset), "pictures/class_histogram.png")
+        run.picture(sample_grid(dataset, settings.seed), "pictures/samples.png")
+
+    height, width, channels = dataset.images_NHWC.shape[1:]
+    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in dataset.rows.items())
+    print(f"{dataset.name}: {len(dataset.labels_N):,} images ({sizes}) of {len(dataset.classes)} classes")
+    print(f"  image   {height}x{width}x{channels} uint8")
+    print(f"  digest  {dataset.digest}")
+    for entry in bad[:10]:
+        print(f"  left out: {entry['path']!r}: {entry['reason']}")
+    if len(bad) > 10:
+        print(f"  left out: {len(bad) - 10} more, all in manifest.json")
+
+
+if __name__ == "__main__":
+    launch(main, Settings)
