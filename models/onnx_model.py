@@ -1,0 +1,110 @@
+"""Prediction with an exported network: ONNX Runtime and NumPy, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from models import ModelError, scores
+
+INPUT, OUTPUT = "images", "logits"
+
+CACHE_BYTES = 2 * 1024 * 1024
+"""Second-level cache of one core of a current server processor."""
+
+FEATURES_PER_PIXEL = 64
+"""Bytes of the first feature map for each byte of pixels: 16 channels of float32."""
+
+
+class OnnxClassifier:
+    """A network with its class names, ready to predict.
+
+    Every core takes a slice of the images through the whole network by itself. One call for all images with
+    ONNX Runtime's own threads lets the cores wait for each other at every layer instead, and pushes the output
+    of each layer through main memory (benchmarks/predict_throughput.py has the numbers).
+    """
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    data_digest: str
+
+    def __init__(self, model: Path | bytes, threads: int = 0):
+        """Load `model`, a file of models.onnx_export or its bytes; `threads=0` uses every core allowed."""
+        self._session = _open(model)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads)
+        facts = self._session.get_modelmeta().custom_metadata_map
+        try:
+            self.classes = tuple(json.loads(facts["classes"]))
+            height, width, channels = json.loads(facts["image_shape"])
+        except (KeyError, ValueError):
+            raise ModelError(
+                f"{_name(model)} does not say its classes and image shape; "
+                "give a model exported by this project"
+            ) from None
+        self.image_shape = (height, width, channels)
+        self.data_digest = facts.get("data_digest", "")
+        # A slice's feature maps fit the cache; where the weights do not, the maps may be as large as these, so
+        # that each reading of the weights from memory serves many images.
+        work_bytes = max(CACHE_BYTES, len(model) if isinstance(model, bytes) else model.stat().st_size)
+        self._slice = max(1, work_bytes // (FEATURES_PER_PIXEL * height * width * channels))
+
+    def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, C] -> float32 [N, K]; any N, also 0."""
+        if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            received = ", ".join(map(str, images_NHWC.shape))
+            raise ModelError(
+                f"the model takes uint8 images [N, {expected}], received {images_NHWC.dtype} [{received}]"
+            )
+        images = len(images_NHWC)
+        step = max(1, min(self._slice, -(-images // self._threads)))
+        logits_NK = np.empty((images, len(self.classes)), np.float32)
+
+        def run(start: int) -> None:
+            rows = slice(start, start + step)
+            logits_NK[rows] = self._session.run([OUTPUT], {INPUT: images_NHWC[rows]})[0]
+
+        starts = range(0, images, step)
+        if self._threads == 1 or len(starts) == 1:
+            for start in starts:
+                run(start)
+        else:
+            list(self._pool.map(run, starts))
+        return logits_NK
+
+    def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, C] -> float64 [N, K]; every row sums to one."""
+        return scores.probabilities(self.logits(images_NHWC))
+
+
+def _open(model: Path | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # Calls run side by side; see OnnxClassifier.
+    options.log_severity_level = 3
+    if isinstance(model, Path) and not model.is_file():
+        raise ModelError(f"there is no model file {model}")
+    try:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no base class.
+        raise ModelError(
+            f"{_name(model)} is not a readable ONNX model: {str(error).splitlines()[0]}"
+        ) from error
+    ends = [end.name for end in (*session.get_inputs(), *session.get_outputs())]
+    if ends != [INPUT, OUTPUT]:
+        raise ModelError(
+            f"{_name(model)} has the inputs and outputs {', '.join(ends)}; expected {INPUT}, {OUTPUT}: "
+            "give a model exported by this project"
+        )
+    return session
+
+
+def _name(model: Path | bytes) -> str:
+    return "the model" if isinstance(model, bytes) else str(model)

@@ -1,0 +1,188 @@
+"""Models and files in MLflow: logging an ONNX model to a run, fetching models and run artifacts.
+
+MLflow is imported only when a URI needs it: a model in a local folder costs nothing more than reading it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from utils import RunFailed, UsageError
+
+MODEL_FILE = "model.onnx"
+"""Name of the network's file inside a logged model, chosen by MLflow's ONNX flavour."""
+
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""A person waits while a model is looked up: a silent server is reported in seconds, not minutes."""
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A model on this machine."""
+
+    path: Path
+    """The ONNX file."""
+    run_id: str
+    """The run that made it; empty for a model that came from a path."""
+
+
+def fetch_model(model_uri: str, folder: Path) -> FetchedModel:
+    """Find the ONNX file behind `model_uri`; what has to be downloaded goes to `folder`.
+
+    Allowed: `runs:/RUN_ID/model`, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, any artifact URI that MLflow
+    knows, the path of a logged model's folder, the path of an ONNX file.
+    """
+    if not (model_uri.startswith(("runs:/", "models:/")) or "://" in model_uri):
+        return FetchedModel(_model_file(Path(model_uri), model_uri), run_id="")
+    with _mlflow_errors(model_uri):
+        run_id = _run_of(model_uri)
+        import mlflow
+
+        local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(folder))
+    return FetchedModel(_model_file(Path(local), model_uri), run_id)
+
+
+def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
+    """Download one artifact of a run to `folder`."""
+    with _mlflow_errors(f"runs:/{run_id}/{artifact_path}"):
+        import mlflow
+
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=artifact_path, dst_path=str(folder)
+            )
+        )
+
+
+def run_params(run_id: str) -> dict[str, str]:
+    """The parameters that a run was started with."""
+    with _mlflow_errors(f"runs:/{run_id}"):
+        import mlflow
+
+        return dict(mlflow.MlflowClient().get_run(run_id).data.params)
+
+
+def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "") -> str:
+    """Log the ONNX file `path` to the run as the model `model` and return its URI.
+
+    `example` (a NumPy array) becomes the input example; the signature is read from the file. The requirements
+    are given, because MLflow would otherwise run the model in another process to find them out. Loads with
+    `mlflow.pyfunc` anywhere, contains no pickle. `register_as` makes it a version of that registered model.
+    """
+    import mlflow
+    import mlflow.onnx
+    import onnx
+
+    model = onnx.load(path)
+    info = mlflow.onnx.log_model(
+        model,
+        name="model",
+        run_id=run_id,
+        signature=mlflow.models.ModelSignature(
+            inputs=_schema(model.graph.input), outputs=_schema(model.graph.output)
+        ),
+        input_example=example,
+        pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
+        registered_model_name=register_as or None,
+        onnx_execution_providers=["CPUExecutionProvider"],
+        save_as_external_data=False,
+    )
+    return str(info.model_uri)
+
+
+def _schema(ends: Any) -> Any:
+    """The inputs or outputs of an ONNX graph in MLflow's words; a dimension with a name may have any size."""
+    import onnx
+    from mlflow.types import Schema, TensorSpec
+
+    return Schema(
+        [
+            TensorSpec(
+                onnx.helper.tensor_dtype_to_np_dtype(end.type.tensor_type.elem_type),
+                tuple(-1 if side.dim_param else side.dim_value for side in end.type.tensor_type.shape.dim),
+                end.name,
+            )
+            for end in ends
+        ]
+    )
+
+
+def _model_file(path: Path, model_uri: str) -> Path:
+    file = path / MODEL_FILE if path.is_dir() else path
+    if file.suffix == ".onnx" and file.is_file():
+        return file
+    received = f"a folder without {MODEL_FILE}" if path.is_dir() else "no .onnx file"
+    raise UsageError(
+        f"model_uri '{model_uri}' is {received}; give runs:/RUN_ID/model, models:/NAME@ALIAS, "
+        "models:/NAME/VERSION, the folder of a logged ONNX model or an .onnx file"
+    )
+
+
+def _run_of(model_uri: str) -> str:
+    """The run that logged a model: named in a `runs:/` URI, looked up for a registered or logged model."""
+    scheme, _, rest = model_uri.partition(":/")
+    if scheme == "runs":
+        return rest.lstrip("/").split("/")[0]
+    if scheme != "models":
+        return ""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    if "@" in rest:
+        name, _, alias = rest.rpartition("@")
+        return str(client.get_model_version_by_alias(name, alias).run_id or "")
+    name, _, number = rest.rpartition("/")
+    if name:
+        return str(client.get_model_version(name, number).run_id or "")
+    return str(client.get_logged_model(rest).source_run_id or "")
+
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    """MLflow's exceptions as one line each, after seconds and not minutes of retries."""
+    before = {key: os.environ.get(key) for key in PATIENCE}
+    os.environ.update({key: value for key, value in PATIENCE.items() if before[key] is None})
+    try:
+        yield
+    except (UsageError, RunFailed):
+        raise
+    except Exception as error:  # Stores raise their own kinds: MLflow's, requests', botocore's, OSError.
+        raise _explained(uri, error) from error
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+
+
+def _explained(uri: str, error: Exception) -> Exception:
+    import mlflow
+
+    code = getattr(error, "error_code", "")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    server = _without_password(mlflow.get_tracking_uri())
+    if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or isinstance(error, FileNotFoundError):
+        return UsageError(f"'{uri}' does not exist on {server}: {reason}")
+    if code == "INVALID_PARAMETER_VALUE":
+        return UsageError(f"'{uri}' was refused by {server}: {reason}")
+    if "Max retries exceeded" in reason or "ConnectionError" in type(error).__name__:
+        return RunFailed(
+            f"cannot reach {server} to fetch '{uri}'; is the server up and MLFLOW_TRACKING_URI right?"
+        )
+    return RunFailed(f"cannot fetch '{uri}' from {server}: {reason}")
+
+
+def _without_password(uri: str) -> str:
+    """The address of a server, less the user and password that it may carry."""
+    scheme, mark, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
