@@ -8,7 +8,9 @@ from the mirror. Credentials come from boto3's own chain, the endpoint from the 
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,17 +45,8 @@ class S3Source:
         return self.uri.rstrip("/")
 
     def fetch(self) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        where = f"{self.source} at {endpoint() or 'AWS'}"
-        try:
+        with one_line_errors(self.source):
             self._local = self._mirror()
-        except ClientError as error:
-            details = error.response.get("Error", {})
-            code, said = details.get("Code", "?"), details.get("Message") or ""
-            raise DataError(f"cannot read {where}: {code} {said} ({_ADVICE.get(code, _USUAL)})") from None
-        except BotoCoreError as error:
-            raise DataError(f"cannot read {where}: {error} ({_USUAL})") from None
 
     def stamp(self) -> str | None:
         return self._local.stamp() if self._local else None
@@ -131,6 +124,24 @@ def make_client() -> Any:
         return boto3.session.Session().client("s3", endpoint_url=endpoint(), config=config)
     except ValueError as error:
         raise DataError(f"{endpoint()!r} is no endpoint ({error}); expected http://host:port") from None
+
+
+@contextmanager
+def one_line_errors(address: str, action: str = "read") -> Iterator[None]:
+    """What boto3 raises in the block as a DataError that says what to do."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    where = f"{address} at {endpoint() or 'AWS'}"
+    try:
+        yield
+    except ClientError as error:
+        details = error.response.get("Error", {})
+        code, said = details.get("Code", "?"), details.get("Message") or ""
+        advice = _ADVICE.get(code, _USUAL)
+        raise DataError(f"cannot {action} {where}: {code} {said} ({advice})") from None
+    except (BotoCoreError, Boto3Error) as error:
+        raise DataError(f"cannot {action} {where}: {error} ({_USUAL})") from None
 
 
 def _list_objects(client: Any, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:

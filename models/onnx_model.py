@@ -24,9 +24,9 @@ FEATURES_PER_PIXEL = 64
 class OnnxClassifier:
     """A network with its class names, ready to predict.
 
-    Every core takes a slice of the images through the whole network by itself. One call for all images with
-    ONNX Runtime's own threads lets the cores wait for each other at every layer instead, and pushes the output
-    of each layer through main memory (benchmarks/predict_throughput.py has the numbers).
+    Every core takes a slice of the images through the whole network by itself. In one call for all images,
+    ONNX Runtime's own threads would wait for each other at every layer and push the result of each layer
+    through main memory (benchmarks/predict_throughput.py has the numbers).
     """
 
     classes: tuple[str, ...]
@@ -49,8 +49,8 @@ class OnnxClassifier:
             ) from None
         self.image_shape = (height, width, channels)
         self.data_digest = facts.get("data_digest", "")
-        # A slice's feature maps fit the cache; where the weights do not, the maps may be as large as these, so
-        # that each reading of the weights from memory serves many images.
+        # A slice's feature maps fit the cache; where the weights do not, the maps may be as large as they,
+        # so that each reading of the weights from memory serves many images.
         work_bytes = max(CACHE_BYTES, len(model) if isinstance(model, bytes) else model.stat().st_size)
         self._slice = max(1, work_bytes // (FEATURES_PER_PIXEL * height * width * channels))
 
