@@ -37,7 +37,13 @@ def main(settings: Settings) -> None:
         )
         run.params({"data_digest": dataset.digest})
         run.tags({"data_digest": dataset.digest})
-        run.dataset(name=dataset.name, digest=dataset.digest, source=dataset.source, context="training")
+        run.dataset(
+            name=dataset.name,
+            digest=dataset.digest,
+            source=dataset.source,
+            context="training",
+            profile={"images": dataset.manifest["images"], "classes": len(dataset.classes)},
+        )
         counts = {f"data/{split}_images": float(len(rows)) for split, rows in dataset.rows.items()}
         bad = dataset.manifest["bad"]
         run.metrics(

@@ -32,7 +32,7 @@ def class_histogram(dataset: Dataset) -> Figure:
             label.set(parse_math=False, rotation=60 if slant else 0, ha="right" if slant else "center")
     axes.set_ylabel("images")
     axes.set_title(f"{_short(dataset.name)}: {len(dataset.classes)} classes", parse_math=False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -57,11 +57,11 @@ def image_grid(images_NHWC: np.ndarray, captions: Sequence[str], columns: int = 
     # One picture with all images in it: an axes for each would take a hundred times as long.
     gap_x, gap_y = max(1, width // 8), max(2, height * 2 // 5)
     cell_y, cell_x = height + gap_y, width + gap_x
-    mosaic = np.full((lines * cell_y, columns * cell_x, 3), 255, dtype=np.uint8)
-    figure = Figure(figsize=(1.0 * columns, 1.0 * columns * lines * cell_y / (columns * cell_x)))
+    mosaic = np.full((lines * cell_y + gap_x, columns * cell_x + gap_x, 3), 255, dtype=np.uint8)
+    figure = Figure(figsize=(columns, columns * mosaic.shape[0] / mosaic.shape[1]))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     for position, (image_HWC, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
-        top, left = position // columns * cell_y + gap_y, position % columns * cell_x + gap_x // 2
+        top, left = position // columns * cell_y + gap_y, position % columns * cell_x + gap_x
         mosaic[top : top + height, left : left + width] = image_HWC
         middle = left + width / 2 - 0.5
         axes.text(

@@ -8,7 +8,7 @@ from the mirror. Credentials come from boto3's own chain, the endpoint from the 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -178,8 +178,7 @@ def _synchronise(client: Any, bucket: str, mirror: Path, wanted: dict[str, tuple
     state = load(state_path) or {}
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in state.keys() - wanted.keys():
-        (files / name).unlink(missing_ok=True)
+    _remove_others(files, wanted.keys())
     missing = {
         name: (key, size, etag)
         for name, (key, size, etag) in wanted.items()
@@ -187,8 +186,7 @@ def _synchronise(client: Any, bucket: str, mirror: Path, wanted: dict[str, tuple
     }
     state = {name: [size, etag] for name, (_, size, etag) in wanted.items() if name not in missing}
     save(state_path, state)
-    files.mkdir(exist_ok=True)
-    _remove_empty_folders(files)
+    files.mkdir(parents=True, exist_ok=True)
     total = sum(size for _, size, _ in missing.values())
     with (
         ThreadPoolExecutor(CONNECTIONS) as pool,
@@ -236,8 +234,12 @@ def _has_size(path: Path, size: int) -> bool:
         return False
 
 
-def _remove_empty_folders(root: Path) -> None:
-    """A class whose objects are all gone is no class any more."""
-    for folder, _, _ in os.walk(root, topdown=False):
-        if Path(folder) != root and not any(Path(folder).iterdir()):
+def _remove_others(root: Path, wanted: Collection[str]) -> None:
+    """Delete every file below root that is not wanted, and the folders that this leaves empty."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            path = Path(folder, name)
+            if path.relative_to(root).as_posix() not in wanted:
+                path.unlink()
+        if not any(Path(folder).iterdir()):
             Path(folder).rmdir()
