@@ -37,7 +37,8 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment counts only once its stamp, written last, is there and newer than its lock: an interrupted install
-# is started again from nothing. pip comes from outside, because Debian's Python cannot put one into a venv.
+# is started again from nothing. pip comes from outside, because Debian's Python cannot put one into a venv. Python
+# compiles what it imports; compiling all at once would double the time to the first run.
 .venv/installed: requirements.lock
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
@@ -45,9 +46,9 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("pip") or \
 		sys.exit("error: $(PYTHON) has no pip; install it (Debian: apt-get install python3-pip)")'
 	$(PYTHON) -m venv --clear --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet --require-hashes -r requirements.lock
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.lock
-	.venv/bin/python -m pip install --quiet --require-hashes -r requirements-dev.lock
+	.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	@touch $@
