@@ -1,0 +1,180 @@
+"""The networks. Each takes raw pixels `images_NHWC` (0-255) and gives `logits_NK`; its first layer normalises them.
+
+Because normalisation is a layer with stored statistics, training, export, batch prediction and serving cannot disagree
+about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models import ModelError
+
+NETWORKS = ("cnn", "alexnet", "resnet18")
+
+
+def build(
+    name: str,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+) -> nn.Module:
+    """Make the network `name` for images of shape (height, width, channels).
+
+    `mean_C` and `std_C` are the statistics of the training split's raw pixels, one number a channel (unit: 0-255).
+    """
+    height, width, channels = image_shape
+    if min(height, width) < 2 or channels < 1 or classes < 2:
+        raise ModelError(
+            f"cannot build '{name}' for images {height}x{width}x{channels} and {classes} classes; "
+            "allowed: at least 2x2 pixels, 1 channel and 2 classes"
+        )
+    if name == "cnn":
+        body: nn.Module = _cnn(channels, classes)
+    elif name == "alexnet":
+        body = _alexnet(image_shape, classes)
+    elif name == "resnet18":
+        body = _resnet18(image_shape, classes)
+    else:
+        raise ModelError(f"unknown network '{name}'; allowed: {', '.join(NETWORKS)}")
+    return nn.Sequential(Normalise(mean_C, std_C), body).to(memory_format=torch.channels_last)
+
+
+class Normalise(nn.Module):
+    """images_NHWC of raw pixels -> standardised images_NCHW as float32."""
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, mean_C: Sequence[float], std_C: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean_C", torch.tensor(mean_C, dtype=torch.float32))
+        self.register_buffer("std_C", torch.tensor(std_C, dtype=torch.float32).clamp(min=1.0))
+
+    def forward(self, images_NHWC: Tensor) -> Tensor:
+        # Permuting channels-last memory costs nothing and leaves the layout that the convolutions are fastest on.
+        return ((images_NHWC.float() - self.mean_C) / self.std_C).permute(0, 3, 1, 2)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over the global batch.
+
+    Under torch.distributed the statistics are averaged over all processes (each holds an equal share of the batch), so
+    that N processes compute what one would. torch's SyncBatchNorm does this on GPUs only.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(input)
+        values = input.float()
+        mean_C = _average_over_processes(values.mean((0, 2, 3)))
+        centred = values - mean_C[:, None, None]
+        variance_C = _average_over_processes(centred.square().mean((0, 2, 3)))
+        with torch.no_grad():
+            count = values.numel() // values.shape[1] * dist.get_world_size()
+            momentum = self.momentum or 0.0
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean_C, momentum)
+            self.running_var.lerp_(variance_C * count / (count - 1), momentum)
+            self.num_batches_tracked.add_(1)
+        scale_C = self.weight * torch.rsqrt(variance_C + self.eps)
+        return (centred * scale_C[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+class _ProcessAverage(torch.autograd.Function):
+    """Mean over all processes; its gradient is the mean of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+
+def _average_over_processes(value: Tensor) -> Tensor:
+    return _ProcessAverage.apply(value)  # type: ignore[no-any-return]
+
+
+def _conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _cnn(channels: int, classes: int) -> nn.Sequential:
+    """Three conv-BN blocks and a pooled linear head: small, fast, for any image size."""
+    return nn.Sequential(
+        _conv_block(channels, 16),
+        nn.MaxPool2d(2, ceil_mode=True),
+        _conv_block(16, 32),
+        nn.MaxPool2d(2, ceil_mode=True),
+        _conv_block(32, 64),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
+
+
+def _alexnet(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    """AlexNet (Krizhevsky et al., 2012) with the kernels and strides usual for 32x32 images."""
+    height, width, channels = image_shape
+    features = nn.Sequential(
+        nn.Conv2d(channels, 64, 3, stride=2 if min(height, width) >= 24 else 1, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Conv2d(64, 192, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+    )
+    with torch.no_grad():
+        feature_height, feature_width = features(torch.zeros(1, channels, height, width)).shape[2:]
+    # Larger images than the kernels were meant for are pooled to the 2x2 that a 32x32 image ends with.
+    head_size = (min(2, feature_height), min(2, feature_width))
+    return nn.Sequential(
+        features,
+        nn.AdaptiveAvgPool2d(head_size),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(256 * head_size[0] * head_size[1], 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Linear(4096, classes),
+    )
+
+
+def _resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """torchvision's ResNet-18; up to 64 pixels with a 3x3 stem of stride 1 and no first pooling (He et al., 2015, 4.2)."""
+    from torchvision.models import resnet18
+
+    height, width, channels = image_shape
+    network = resnet18(num_classes=classes, norm_layer=BatchNorm2d)
+    if max(height, width) <= 64:
+        network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif channels != 3:
+        network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    return network  # type: ignore[no-any-return]

@@ -1,0 +1,177 @@
+"""One optimiser step, the logits of a split, and the state that a training run can go on from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models import ModelError
+from models.checkpoint import NetworkSpec, load, save, spec_of, spec_state
+
+T = TypeVar("T")
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images_NHWC: Tensor,
+    labels_N: Tensor,
+    *,
+    learning_rate: float,
+    label_smoothing: float,
+    precision: str,
+    seed: int,
+) -> Tensor:
+    """One step of gradient descent; gives [loss, share of right answers] on the batch, still on its device.
+
+    `seed` is that of the step: dropout draws the same masks when the step is taken again.
+    """
+    torch.manual_seed(seed)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    with torch.autocast(images_NHWC.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits_NK = network(images_NHWC)
+    loss = nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        return torch.stack([loss.detach(), (logits_NK.argmax(1) == labels_N).float().mean()])
+
+
+@torch.inference_mode()
+def predict_logits(
+    network: nn.Module, batches: Iterable[Any], classes: int, device: torch.device, precision: str
+) -> Tensor:
+    """The logits_NK (float32, on the CPU) of all batches in order; leaves the network in training mode."""
+    network.eval()
+    logits = [torch.empty(0, classes)]
+    for batch in batches:
+        images_NHWC = torch.from_numpy(batch.images_NHWC).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits.append(network(images_NHWC).float().cpu())
+    network.train()
+    return torch.cat(logits)
+
+
+@dataclass
+class TrainingState:
+    """Everything that a resumed training needs to end with the very bits of an uninterrupted one.
+
+    There is no generator state in it: batches, augmentation and dropout are functions of the seed and the step.
+    """
+
+    spec: NetworkSpec
+    recipe: dict[str, str | int | float]
+    """Settings that have to be the same when training goes on."""
+    step: int = 0
+    """Optimiser steps done."""
+    epoch_results: list[list[float]] = field(default_factory=list)
+    """[loss, accuracy] of each step so far in the present epoch."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One row of metrics a finished epoch."""
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the epoch with the lowest validation loss; kept only for early stopping."""
+
+    def finish_epoch(self, row: dict[str, float], network: nn.Module | None) -> None:
+        """Add the epoch's metrics; keep the weights of `network` (if given) when its validation loss is the lowest."""
+        self.history.append(row)
+        self.epoch_results = []
+        if network is not None and epochs_without_progress(self.history) == 0:
+            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+    def save(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state with the weights and the optimiser's moments, whole or not at all."""
+        state = {
+            "spec": spec_state(self.spec),
+            "recipe": self.recipe,
+            "step": self.step,
+            "epoch_results": self.epoch_results,
+            "history": self.history,
+            "best_weights": self.best_weights,
+            "weights": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save(path, state)
+
+    def restore(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from what `save` wrote; ModelError if it belongs to another training."""
+        state = load(path)
+        if "optimizer" not in state:
+            raise ModelError(f"{path.name} holds a finished network, not a training to go on from; give latest.pt")
+        theirs = {**spec_state(spec_of(state)), **state["recipe"]}
+        ours = {**spec_state(self.spec), **self.recipe}
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ModelError(
+                    f"cannot resume: the checkpoint was made with {name} {_short(theirs.get(name))}, received "
+                    f"{_short(value)}; give the same {', '.join(self.recipe)} and data, or start a new run"
+                )
+        network.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.epoch_results = state["epoch_results"]
+        self.history = state["history"]
+        self.best_weights = state["best_weights"]
+
+
+def epochs_without_progress(history: list[dict[str, float]]) -> int:
+    """Epochs since the one with the lowest validation loss."""
+    losses = [row["val/loss"] for row in history]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+class Window:
+    """The optimiser steps since the last point of the training charts, and how long they took."""
+
+    def __init__(self) -> None:
+        self._results: list[Tensor] = []
+        self._images = 0
+        self._start = self._waited_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def time(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches on, measuring the wait for each."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if not self._results:
+                self._start = asked
+            self._waited_s += time.perf_counter() - asked
+            yield batch
+
+    def add(self, result: Tensor, images: int) -> None:
+        """Take up what `train_step` gave for a global batch of `images`."""
+        self._results.append(result)
+        self._images += images
+
+    def close(self, mean: Callable[[Tensor], Tensor]) -> tuple[list[list[float]], dict[str, float]]:
+        """The [loss, accuracy] of each step and the metrics of them all; then begin anew.
+
+        `mean` averages over the processes that share the batches.
+        """
+        results = mean(torch.stack(self._results)).tolist()
+        seconds = time.perf_counter() - self._start
+        metrics = {
+            "train/loss": sum(loss for loss, _ in results) / len(results),
+            "train/accuracy": sum(accuracy for _, accuracy in results) / len(results),
+            "train/images_per_s": self._images / seconds,
+            "train/seconds_to_data": self._waited_s,
+        }
+        Window.__init__(self)
+        return results, metrics
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

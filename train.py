@@ -1,0 +1,290 @@
+"""Train an image classifier: data, network, loop, report. The entry point `main` of the MLproject."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from utils import RunFailed, UsageError
+from utils.runtime import EXIT_TERMINATED, launch, stop_requested
+from utils.settings import setting
+
+if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --help and typos answer at once
+    import torch
+
+    from data_loader.dataset import Dataset
+    from models.training import TrainingState, Window
+    from utils.compute import Compute
+    from utils.tracking import Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train an image classifier and log it to MLflow."""
+
+    dataset: str = setting("digits", "digits, mnist, fashion_mnist, cifar10, a folder, an .npz or s3://bucket/prefix")
+    data_dir: str = setting("data", "folder for downloads and decoded images")
+    image_size: int = setting(0, "resize images to this many pixels a side; 0 keeps their own size", minimum=0)
+    on_error: str = setting("fail", "what a bad image file does", choices=("fail", "skip"))
+    network: str = setting("cnn", "network to train", choices=("cnn", "alexnet", "resnet18"))
+    epochs: int = setting(15, "passes over the training split", minimum=1)
+    batch_size: int = setting(128, "images a step, over all processes", minimum=1)
+    learning_rate: float = setting(0.01, "highest learning rate", minimum=0)
+    optimizer: str = setting("adamw", "optimiser", choices=("adamw", "sgd"))
+    scheduler: str = setting("onecycle", "learning-rate schedule", choices=("onecycle", "cosine", "step", "none"))
+    weight_decay: float = setting(0.01, "weight decay (not on biases and normalisation)", minimum=0)
+    label_smoothing: float = setting(0.0, "share of each label spread over all classes", minimum=0, maximum=1)
+    augmentation: str = setting("shift", "random change of images", choices=("none", "shift", "shift_flip"))
+    early_stopping: int = setting(0, "stop after so many epochs without a lower validation loss; 0: never", minimum=0)
+    precision: str = setting("auto", "arithmetic", choices=("auto", "fp32", "bf16"))
+    device: str = setting("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, "seed of everything random", minimum=0)
+    log_every: int = setting(50, "optimiser steps between two points of the training charts", minimum=1)
+    resume: str = setting("", "id of a run to go on from")
+    register_as: str = setting("", "name in the model registry to register the model under")
+
+
+def main(settings: Settings) -> None:
+    """Settings, data, network, loop, report."""
+    import torch
+
+    from data_loader.augment import augment
+    from data_loader.batches import channel_statistics, read_ahead, steps_per_epoch, training_batches
+    from data_loader.dataset import load
+    from models.checkpoint import NetworkSpec
+    from models.optimisation import learning_rate_at, make_optimizer
+    from models.training import TrainingState, Window, epochs_without_progress, train_step
+    from utils.compute import Compute, make_deterministic
+    from utils.progress import Progress
+    from utils.tracking import start_run
+
+    make_deterministic()
+    compute = Compute.pick(settings.device, settings.precision)
+    rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
+    with compute.processes(), start_run(settings, "main", enabled=leads) as run, run.system_metrics():
+        data = load(
+            settings.dataset,
+            data_dir=Path(settings.data_dir),
+            image_size=settings.image_size,
+            on_error=settings.on_error,
+        )
+        log_conditions(run, data, compute)
+
+        height, width, channels = data.images_NHWC.shape[1:]
+        mean_C, std_C = channel_statistics(data.images_NHWC, data.rows["train"])
+        spec = NetworkSpec(
+            network=settings.network,
+            image_shape=(height, width, channels),
+            classes=data.classes,
+            mean_C=mean_C,
+            std_C=std_C,
+            dataset=settings.dataset,
+            data_digest=data.digest,
+        )
+        torch.manual_seed(settings.seed)
+        network = spec.build().to(compute.device)
+        optimizer = make_optimizer(settings.optimizer, network, settings.weight_decay)
+        recipe = {"batch_size": settings.batch_size, "optimizer": settings.optimizer, "seed": settings.seed}
+        state = TrainingState(spec, recipe)
+        restore(settings, state, network, optimizer)
+        shared_network = compute.shared(network)
+
+        epoch_steps = steps_per_epoch(len(data.rows["train"]), settings.batch_size)
+        total_steps = settings.epochs * epoch_steps
+        batches = training_batches(
+            data.images_NHWC,
+            data.labels_N,
+            data.rows["train"],
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            steps=range(state.step, total_steps),
+            rank=rank,
+            world_size=world_size,
+        )
+        window = Window()
+        with Progress(total_steps, done=state.step, shown=leads) as progress, stop_requested() as stop:
+            for batch in window.time(read_ahead(batches)):
+                images_NHWC = torch.from_numpy(batch.images_NHWC).to(compute.device)
+                labels_N = torch.from_numpy(batch.labels_N).to(compute.device)
+                images_NHWC = augment(
+                    images_NHWC,
+                    settings.augmentation,
+                    seed=settings.seed,
+                    step=state.step,
+                    rank=rank,
+                    world_size=world_size,
+                )
+                learning_rate = learning_rate_at(state.step, total_steps, settings.scheduler, settings.learning_rate)
+                result = train_step(
+                    shared_network,
+                    optimizer,
+                    images_NHWC,
+                    labels_N,
+                    learning_rate=learning_rate,
+                    label_smoothing=settings.label_smoothing,
+                    precision=compute.precision,
+                    seed=(settings.seed * total_steps + state.step) * world_size + rank,
+                )
+                window.add(result, images=len(labels_N) * world_size)
+                state.step += 1
+                progress.advance()
+
+                epoch_ends = state.step % epoch_steps == 0
+                stopping = compute.any(stop())
+                if epoch_ends or stopping or state.step % settings.log_every == 0:
+                    log_window(window, state, learning_rate, compute, run)
+                if epoch_ends:
+                    row = validate(settings, data, compute, network, state, learning_rate, run)
+                    progress.line(describe(row, settings.epochs))
+                if (epoch_ends or stopping) and leads:
+                    state.save(run.folder / "latest.pt", network, optimizer)
+                    run.artifact(run.folder / "latest.pt", "checkpoints", replaces="latest.pt")
+                if stopping:
+                    progress.line(f"SIGTERM: stopped after step {state.step}; the checkpoint is saved")
+                    sys.exit(EXIT_TERMINATED)
+                if epoch_ends and 0 < settings.early_stopping <= epochs_without_progress(state.history):
+                    progress.line(f"stopped early: no lower validation loss for {settings.early_stopping} epochs")
+                    break
+        if leads:
+            report(settings, data, network, state, run)
+
+
+def log_conditions(run: Run, data: Dataset, compute: Compute) -> None:
+    """What shaped the result besides the settings."""
+    import torch
+
+    shape = "x".join(map(str, data.images_NHWC.shape[1:]))
+    counts = {f"{split}_images": len(rows) for split, rows in data.rows.items()}
+    profile = {"image_shape": shape, "classes": len(data.classes), **counts}
+    run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=profile)
+    run.params(
+        {
+            "data_digest": data.digest,
+            **profile,
+            "device_used": compute.device.type,
+            "precision_used": compute.precision,
+            "processes": compute.place.world_size,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def restore(
+    settings: Settings, state: TrainingState, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Go on from this run's own checkpoint (a retry), else from that of the run `resume`, else from nothing."""
+    from utils.artifacts import latest_checkpoint
+
+    with TemporaryDirectory() as folder:
+        own_run = os.environ.get("MLFLOW_RUN_ID")
+        file = latest_checkpoint(own_run, Path(folder)) if own_run else None
+        if file is None and settings.resume:
+            file = latest_checkpoint(settings.resume, Path(folder))
+            if file is None:
+                raise UsageError(
+                    f"resume: run '{settings.resume}' has no checkpoints/latest.pt; give the id of a training run"
+                )
+        if file is not None:
+            state.restore(file, network, optimizer)
+            print(f"going on from step {state.step}", flush=True)
+
+
+def log_window(window: Window, state: TrainingState, learning_rate: float, compute: Compute, run: Run) -> None:
+    """Send the training charts' next point; RunFailed if a loss is not a number any more."""
+    results, metrics = window.close(compute.mean)
+    for position, (loss, _) in enumerate(results):
+        if not math.isfinite(loss):
+            step = state.step - len(results) + position + 1
+            raise RunFailed(
+                f"the loss became {loss} at step {step} with learning rate about {learning_rate:.3g}; "
+                "give a lower learning_rate, precision=fp32, or look at the data"
+            )
+    state.epoch_results += results
+    run.metrics({**metrics, "train/learning_rate": learning_rate}, step=state.step)
+
+
+def validate(
+    settings: Settings,
+    data: Dataset,
+    compute: Compute,
+    network: torch.nn.Module,
+    state: TrainingState,
+    learning_rate: float,
+    run: Run,
+) -> dict[str, float]:
+    """Score the validation split, which all processes share, and add the epoch to the history."""
+    from data_loader.batches import evaluation_batches
+    from models import scores
+    from models.training import predict_logits
+
+    rows = data.rows["val"]
+    place = compute.place
+    share = evaluation_batches(data.images_NHWC, data.labels_N, rows[place.rank :: place.world_size], 1024)
+    logits = predict_logits(network, share, len(data.classes), compute.device, compute.precision)
+    logits_NK = compute.interleave(logits).numpy()
+    losses, accuracies = zip(*state.epoch_results, strict=True)
+    row = {
+        "epoch": len(state.history) + 1,
+        "train/loss": sum(losses) / len(losses),
+        "train/accuracy": sum(accuracies) / len(accuracies),
+        "val/loss": scores.log_loss(logits_NK, data.labels_N[rows]),
+        "val/accuracy": scores.accuracy(logits_NK, data.labels_N[rows]),
+        "learning_rate": learning_rate,
+    }
+    state.finish_epoch(row, network if settings.early_stopping else None)
+    run.metrics({key: row[key] for key in ("epoch", "val/loss", "val/accuracy")}, step=state.step)
+    return row
+
+
+def describe(row: dict[str, float], epochs: int) -> str:
+    """An epoch in a line."""
+    return (
+        f"epoch {row['epoch']:>3}/{epochs}  loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.4f}  "
+        f"val loss {row['val/loss']:.4f}  val accuracy {row['val/accuracy']:.4f}"
+    )
+
+
+def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: TrainingState, run: Run) -> None:
+    """Export the model and judge it, as the file that ships, on the test split."""
+    import numpy as np
+
+    from data_loader.pictures import image_grid
+    from models import pictures, scores
+    from models.checkpoint import save_network, weights_sha256
+    from models.onnx_export import to_onnx
+    from models.onnx_model import OnnxClassifier
+    from utils.artifacts import log_onnx_model
+
+    if state.best_weights:
+        network.load_state_dict(state.best_weights)
+    save_network(run.folder / "model.pt", network, state.spec)
+    run.artifact(run.folder / "model.pt", "checkpoints")
+    spec, onnx_file = state.spec, run.folder / "model.onnx"
+    to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
+    run.tags({"weights_sha256": weights_sha256(network.state_dict())})
+    example = data.images_NHWC[data.rows["test"][:1]]
+    run.later(lambda client: log_onnx_model(run.id, onnx_file, np.asarray(example), settings.register_as))
+
+    rows = data.rows["test"]
+    labels_N = data.labels_N[rows]
+    logits_NK = OnnxClassifier(onnx_file).logits(data.images_NHWC[rows])
+    summary = scores.summary(logits_NK, labels_N)
+    run.metrics({f"test/{name}": value for name, value in summary.items()}, step=state.step)
+    run.picture(pictures.learning_curves(state.history), "pictures/learning_curves.png")
+    matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
+    run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
+    worst = scores.worst_mistakes(logits_NK, labels_N, 40)
+    captions = [f"{data.classes[labels_N[i]]} → {data.classes[logits_NK[i].argmax()]}" for i in worst]
+    run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
+    run.flush()
+    print(f"test accuracy {summary['accuracy']:.4f} on {len(rows)} images; run {run.id}", flush=True)
+
+
+if __name__ == "__main__":
+    launch(main, Settings)

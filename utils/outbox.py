@@ -1,0 +1,168 @@
+"""The outbox of a run: letters in order, and the thread that sends them, tries again, or puts them on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BATCH_METRICS = 1000  # MLflow's own limit for the metrics of one log_batch call
+SEND_EVERY_S = 1.0
+RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 10.0
+
+Metric = tuple[str, float, int, int]  # key, value, time in ms, step
+
+
+@dataclass
+class _Letter:
+    """One entry of the outbox: a call, or metrics, which are merged with their neighbours."""
+
+    send: Callable[[Any], Any] | None = None
+    metrics: list[Metric] = field(default_factory=list)
+    series: str = ""
+
+
+class Outbox:
+    """Letters in order, and the thread that sends them.
+
+    Every method returns at once but `flush` and `close`.
+    """
+
+    def __init__(self, client: Any, run_id: str, folder: Path, logged_params: set[str]):
+        self.logged_params = logged_params
+        self._client = client
+        self._run_id = run_id
+        self._folder = folder
+        self._kept = 0
+        self._letters: list[_Letter] = []
+        self._changed = threading.Condition()
+        self._sending = False
+        self._hurry = False
+        self._closed = False
+        self._lost: str | None = None
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, send: Callable[[Any], Any], series: str = "") -> None:
+        with self._changed:
+            if series:
+                self._letters = [letter for letter in self._letters if letter.series != series]
+            self._letters.append(_Letter(send=send, series=series))
+            self._changed.notify_all()
+
+    def put_metrics(self, metrics: list[Metric]) -> None:
+        with self._changed:
+            last = self._letters[-1] if self._letters else None
+            if last is None or last.send is not None or len(last.metrics) + len(metrics) > BATCH_METRICS:
+                last = _Letter()
+                self._letters.append(last)
+            last.metrics += metrics
+            self._changed.notify_all()
+
+    def keep(self, path: Path) -> Path:
+        """A second name for the file as it is now, under which it stays the same until it has been sent."""
+        self._kept += 1
+        kept = self._folder / "unsent" / str(self._kept) / path.name
+        kept.parent.mkdir(parents=True)
+        try:
+            os.link(path, kept)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, kept)
+        return kept
+
+    def flush(self) -> None:
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._letters and not self._sending)
+            self._hurry = False
+
+    def close(self) -> str | None:
+        """Send the rest; None if all went well, else the sentence for the user."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        return self._lost
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._sending = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._letters or self._closed)
+                if not self._letters:
+                    return
+                # Let metrics gather, so that a request carries many.
+                self._changed.wait_for(lambda: self._hurry or self._closed, timeout=SEND_EVERY_S)
+                letters, self._letters, self._sending = self._letters, [], True
+            for letter in letters:
+                self._deliver(letter)
+
+    def _deliver(self, letter: _Letter) -> None:
+        first_failure, pause = None, RETRY_FIRST_S
+        patience_s = float(os.environ.get("TRACKING_PATIENCE_S", "600"))
+        while self._lost is None:
+            try:
+                self._send(letter)
+                return
+            except Exception as error:
+                first_failure = first_failure or time.monotonic()
+                if is_final(error):
+                    self._give_up(f"the tracking server refused what the run logged ({first_line(error)})")
+                elif time.monotonic() - first_failure > patience_s:
+                    self._give_up(f"the tracking server did not answer for {patience_s:.0f} s ({first_line(error)})")
+                else:
+                    time.sleep(pause)
+                    pause = min(pause * 2, RETRY_LONGEST_S)
+        self._save(letter)
+
+    def _send(self, letter: _Letter) -> None:
+        if letter.send is not None:
+            letter.send(self._client)
+            return
+        from mlflow.entities import Metric as MlflowMetric
+
+        for start in range(0, len(letter.metrics), BATCH_METRICS):
+            batch = letter.metrics[start : start + BATCH_METRICS]
+            self._client.log_batch(self._run_id, metrics=[MlflowMetric(*metric) for metric in batch])
+
+    def _give_up(self, why: str) -> None:
+        self._lost = (
+            f"{why}; the run's files and the metrics that were not sent are safe in {self._folder.resolve()}: "
+            "mend the server, then run again with the same run id to go on from the last checkpoint"
+        )
+
+    def _save(self, letter: _Letter) -> None:
+        """Put metrics that cannot be sent on disk, one JSON object a line; files are in the run's folder already."""
+        with (self._folder / "unsent_metrics.jsonl").open("a") as file:
+            for key, value, time_ms, step in letter.metrics:
+                file.write(json.dumps({"key": key, "value": value, "timestamp": time_ms, "step": step}) + "\n")
+
+
+# What trying again cannot mend (mlflow.protos.databricks_pb2.ErrorCode).
+FINAL_CODES = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "PERMISSION_DENIED",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+}
+
+
+def is_final(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT):
+        return True
+    return getattr(error, "error_code", None) in FINAL_CODES
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut where connection errors begin to repeat themselves."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

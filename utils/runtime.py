@@ -1,0 +1,93 @@
+"""The process around an entry point: exit codes, stop signals, git state, the place among several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from utils.settings import parse
+
+SettingsT = TypeVar("SettingsT")
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT]) -> None:
+    """Run an entry script: settings from the command line, errors for people as one line, bugs as tracebacks.
+
+    An exception that carries an `exit_code` (the rooms' DataError, ModelError, UsageError, RunFailed) is meant for the
+    user; every other one is a bug. Ctrl-C exits 130.
+    """
+    settings = parse(settings_class)
+    try:
+        main(settings)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM no longer ends the process but makes the yielded function return True.
+
+    The caller then saves its work and exits with EXIT_TERMINATED, as a process ended by the signal would.
+    """
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the `world_size` cooperating processes this is; torchrun and Kubernetes Indexed Jobs set it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 alone reports, writes and logs."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; a single process where they are not set."""
+        rank = int(os.environ.get("RANK", "0"))
+        return cls(
+            rank=rank,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+
+def git_tags(folder: Path) -> dict[str, str]:
+    """The commit of the code in `folder` and whether its files differ from it; empty outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git_commit": commit, "git_dirty": "true" if changes else "false"}

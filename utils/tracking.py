@@ -1,0 +1,213 @@
+"""The run in MLflow, written in the background: logging neither slows the work nor ends it.
+
+Everything that a script logs goes into an outbox that one thread empties in order, metrics in batches. While the server
+is away the thread tries again; the work goes on. When the server does not come back within TRACKING_PATIENCE_S seconds
+(environment, 600 by default), what was not sent is put on disk and leaving the run raises `RunFailed`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from utils import RunFailed, UsageError
+from utils.outbox import FINAL_CODES, Outbox, first_line
+from utils.runtime import git_tags
+from utils.settings import as_params, as_text
+
+SYSTEM_METRICS_EVERY_S = 10.0
+OUTPUTS = Path("outputs")
+"""Where runs keep their files until the server has them, one folder a run."""
+
+
+@contextmanager
+def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Iterator[Run]:
+    """Join the run that `mlflow run` made (MLFLOW_RUN_ID), else make one; log the settings and the git state.
+
+    With `enabled=False` (every process of a distributed run but the first) the run swallows all that is logged.
+    Leaving the block sends what is left; RunFailed if the server never came back.
+    """
+    if not enabled:
+        yield Run("", OUTPUTS, None)
+        return
+    # Our own retries keep the run alive; long ones inside the client would only hide an outage from us.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    import mlflow
+
+    try:
+        active = mlflow.start_run(log_system_metrics=False)
+    except Exception as error:
+        raise _start_error(error, mlflow.get_tracking_uri()) from error
+    client = mlflow.MlflowClient()
+    folder = OUTPUTS / active.info.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    outbox = Outbox(client, active.info.run_id, folder, logged_params=set(active.data.params))
+    run = Run(active.info.run_id, folder, outbox)
+    status = "FAILED"
+    try:
+        run.params(as_params(settings))
+        run.tags({"entry_point": entry_point, **git_tags(Path.cwd())})
+        yield run
+        status = "FINISHED"
+    except (SystemExit, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        run.later(lambda client: client.set_terminated(run.id, status))
+        lost = outbox.close()
+        if lost is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(Exception):  # the status has been sent, or cannot be; this only clears MLflow's own state
+            mlflow.end_run(status if lost is None else "FAILED")
+    if lost is not None:
+        raise RunFailed(lost)
+
+
+class Run:
+    """What a script may say about its run; every call returns at once."""
+
+    def __init__(self, run_id: str, folder: Path, outbox: Outbox | None):
+        self.id = run_id
+        self.folder = folder
+        """The run's own folder on this machine; removed when everything in it has been sent."""
+        self._outbox = outbox
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters that are not on the run yet: `mlflow run` logged its own, perhaps in another spelling."""
+        if self._outbox is None:
+            return
+        from mlflow.entities import Param
+
+        new = {key: value for key, value in values.items() if key not in self._outbox.logged_params}
+        self._outbox.logged_params.update(new)
+        params = [Param(key, as_text(value)) for key, value in new.items()]
+        self._send(lambda client: client.log_batch(self.id, params=params))
+
+    def tags(self, values: dict[str, Any]) -> None:
+        """Set tags."""
+        if self._outbox is None:
+            return
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, as_text(value)) for key, value in values.items()]
+        self._send(lambda client: client.log_batch(self.id, tags=tags))
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log metrics at `step` with the time of this call."""
+        if self._outbox is not None:
+            now_ms = int(time.time() * 1000)
+            self._outbox.put_metrics([(key, float(value), now_ms, step) for key, value in values.items()])
+
+    def picture(self, figure: Any, path: str) -> None:
+        """Store a matplotlib figure as the artifact `path`."""
+        self._send(lambda client: client.log_figure(self.id, figure, path))
+
+    def text(self, text: str, path: str) -> None:
+        """Store a text as the artifact `path`."""
+        self._send(lambda client: client.log_text(self.id, text, path))
+
+    def json(self, value: Any, path: str) -> None:
+        """Store a JSON-able value as the artifact `path`."""
+        self.text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+    def artifact(self, path: Path, folder: str = "", *, replaces: str = "") -> None:
+        """Store a file in the artifact folder `folder`.
+
+        The file may be replaced by renaming right after this call: what is sent is the present one. `replaces` names a
+        series (such as the latest checkpoint) of which only the newest unsent member is sent.
+        """
+        if self._outbox is None:
+            return
+        kept = self._outbox.keep(path)
+
+        def send(client: Any) -> None:
+            client.log_artifact(self.id, str(kept), folder or None)
+            shutil.rmtree(kept.parent)
+
+        self._send(send, replaces=replaces)
+
+    def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
+        """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
+        if self._outbox is None:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kind, where = _source(source)
+        entity = Dataset(name, digest[:32], kind, json.dumps(where), profile=json.dumps(profile))
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
+        self._send(lambda client: client.log_inputs(self.id, inputs))
+        self.tags({"data_digest": digest})
+
+    def later(self, send: Callable[[Any], Any]) -> None:
+        """Queue any other call: `send` gets the MlflowClient, and is called again after a failure."""
+        self._send(send)
+
+    def flush(self) -> None:
+        """Wait until everything logged so far has been sent, or the server is given up."""
+        if self._outbox is not None:
+            self._outbox.flush()
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """While in the block, log MLflow's system metrics (CPU, memory, disk, network, GPU) every ten seconds."""
+        if self._outbox is None:
+            yield
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.id)
+        left = threading.Event()
+
+        def sample() -> None:
+            step = 0
+            while True:
+                monitor.collect_metrics()
+                self.metrics({f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}, step)
+                for source in monitor.monitors:
+                    source.clear_metrics()
+                step += 1
+                if left.wait(SYSTEM_METRICS_EVERY_S):
+                    return
+
+        thread = threading.Thread(target=sample, name="system-metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            thread.join()
+
+    def _send(self, send: Callable[[Any], Any], replaces: str = "") -> None:
+        if self._outbox is not None:
+            self._outbox.put(send, replaces)
+
+
+def _start_error(error: Exception, uri: str) -> Exception:
+    code = getattr(error, "error_code", None)
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    elif code == "RESOURCE_DOES_NOT_EXIST":
+        advice = "check MLFLOW_RUN_ID and MLFLOW_EXPERIMENT_NAME"
+    else:
+        advice = "start the server or set MLFLOW_TRACKING_URI"
+    kind = UsageError if code in FINAL_CODES else RunFailed
+    return kind(f"cannot open a run at {uri}: {first_line(error)}; {advice}")
+
+
+def _source(source: str) -> tuple[str, dict[str, Any]]:
+    """MLflow's type and description of where data came from."""
+    if source.startswith("s3://"):
+        return "s3", {"uri": source}
+    if source.startswith(("http://", "https://")):
+        return "http", {"url": source}
+    if Path(source).exists():
+        return "local", {"uri": source}
+    return "code", {"tags": {"source": source}}
