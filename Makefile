@@ -24,10 +24,11 @@ lint: .venv/installed-dev  ## check style, types and file hygiene
 lock: .venv/installed-dev  ## remake the locks and conda.yaml (ARGS=--upgrade: newest releases)
 	@$(IN_VENV) python .ci/lock.py $(ARGS)
 
-# One worker and no job runners: a tenth of the memory and start-up time, and plenty for one person.
+# One worker and no job runners: a fifth of the memory, and plenty for one person.
 ui: .venv/installed  ## serve the tracking UI on http://127.0.0.1:5000 (ARGS="--port 5001": elsewhere)
-	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-		mlflow server --backend-store-uri "$(URI)" --host 127.0.0.1 --workers 1 $(ARGS)
+	@case "$(URI)" in http*) echo "Open $(URI)" ;; *) \
+		$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		mlflow server --backend-store-uri "$(URI)" --host 127.0.0.1 --workers 1 $(ARGS) ;; esac
 
 bench: .venv/installed-dev  ## run every benchmark; each prints its ratio last
 	@for script in benchmarks/*.py; do echo "== $$script"; $(IN_VENV) python "$$script" || exit 1; done
