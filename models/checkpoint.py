@@ -71,9 +71,10 @@ def spec_state(spec: NetworkSpec) -> dict[str, Any]:
 
 def spec_of(state: dict[str, Any]) -> NetworkSpec:
     """The spec inside a loaded checkpoint."""
-    return NetworkSpec(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in state["spec"].items()}
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in state["spec"].items()
+    }
+    return NetworkSpec(**fields)
 
 
 def save_network(path: Path, network: nn.Module, spec: NetworkSpec) -> None:

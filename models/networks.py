@@ -167,7 +167,7 @@ def _alexnet(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
 
 
 def _resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """torchvision's ResNet-18; up to 64 pixels with a 3x3 stem of stride 1 and no first pooling (He et al., 2015, 4.2)."""
+    """torchvision's ResNet-18; up to 64 pixels with a 3x3 stem of stride 1, no first pooling (He et al., 2015, 4.2)."""
     from torchvision.models import resnet18
 
     height, width, channels = image_shape

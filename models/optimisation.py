@@ -1,4 +1,4 @@
-"""Optimisers, and learning-rate schedules as plain functions of the step, so that there is no scheduler state to save."""
+"""Optimisers, and learning-rate schedules as plain functions of the step: there is no scheduler state to save."""
 
 from __future__ import annotations
 

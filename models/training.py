@@ -68,7 +68,7 @@ class TrainingState:
     """
 
     spec: NetworkSpec
-    recipe: dict[str, str | int | float]
+    recipe: dict[str, Any]
     """Settings that have to be the same when training goes on."""
     step: int = 0
     """Optimiser steps done."""
