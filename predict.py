@@ -24,13 +24,9 @@ LARGEST_ARTIFACT_BYTES = 100 * 1024 * 1024
 class Settings:
     """Predict the classes of images and write them to a table."""
 
-    model_uri: str = setting(
-        REQUIRED, "runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/VERSION or a path"
-    )
+    model_uri: str = setting(REQUIRED, "runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/VERSION or a path")
     input: str = setting(REQUIRED, "a folder, an image, a glob, an .npz or s3://bucket/prefix")
-    output: str = setting(
-        "predictions.parquet", "table to write: .parquet or .csv, a path or s3://bucket/key"
-    )
+    output: str = setting("predictions.parquet", "table to write: .parquet or .csv, a path or s3://bucket/key")
     top_k: int = setting(1, "most probable classes to write for each image", minimum=1)
     batch_size: int = setting(256, "images in memory at a time (a few batches of them)", minimum=1)
     on_error: str = setting("skip", "what a bad image file does", choices=("skip", "fail"))
@@ -77,13 +73,11 @@ def main(settings: Settings) -> None:
             seconds = time.perf_counter() - started
             report(run, settings.output, predicted, bad, seconds)
             if not predicted:
-                raise RunFailed(
-                    f"none of the {bad} images could be read; {settings.output} lists the reasons"
-                )
+                raise RunFailed(f"none of the {bad} images could be read; {settings.output} lists the reasons")
 
 
 def tracked(settings: Settings) -> bool:
-    """Whether this is a run in MLflow: under `mlflow run`, with a tracking server named, or with its model."""
+    """Whether this is a run in MLflow: under `mlflow run`, with a tracking server named or with its model."""
     import os
 
     from_mlflow = settings.model_uri.startswith(("runs:/", "models:/"))
@@ -104,9 +98,7 @@ def check_top_k(top_k: int, classifier: OnnxClassifier) -> None:
 def columns(top_k: int) -> dict[str, type]:
     """Name and type of the table's columns: the image, its most probable classes, the error of a bad one."""
     ranks = [""] + [f"_{rank}" for rank in range(2, top_k + 1)]
-    pairs = {
-        f"{name}{rank}": kind for rank in ranks for name, kind in (("class", str), ("probability", float))
-    }
+    pairs = {f"{name}{rank}": kind for rank in ranks for name, kind in (("class", str), ("probability", float))}
     return {"image": str, **pairs, "error": str}
 
 

@@ -64,14 +64,10 @@ def read_batches(address: str, image_shape: Shape, batch_size: int, threads: int
             empty = False
             yield batch
     if empty:
-        raise DataError(
-            f"input {address!r} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
-        )
+        raise DataError(f"input {address!r} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
 
 
-def _decoded(
-    files: Iterable[tuple[str, Reader]], image_shape: Shape, batch_size: int, threads: int
-) -> Iterator[Batch]:
+def _decoded(files: Iterable[tuple[str, Reader]], image_shape: Shape, batch_size: int, threads: int) -> Iterator[Batch]:
     """Read and decode in `threads` threads, at most READ_AHEAD_BATCHES ahead of the consumer."""
 
     def start(batch: list[tuple[str, Reader]]) -> list[Future[Batch]]:
@@ -132,9 +128,7 @@ def _files(address: str) -> Iterator[tuple[str, Reader]]:
     )
 
 
-def _folder_files(
-    folder: Path, above: str, ancestors: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, Reader]]:
+def _folder_files(folder: Path, above: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Reader]]:
     """Image files at and below a folder in order of name; a link back to a folder above is not followed."""
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)

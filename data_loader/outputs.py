@@ -89,9 +89,7 @@ class _Parquet:
         if self._rows:
             values = zip(*self._rows, strict=True)
             self._writer.write_table(
-                self._table(
-                    dict(zip(self._schema.names, map(list, values), strict=True)), schema=self._schema
-                )
+                self._table(dict(zip(self._schema.names, map(list, values), strict=True)), schema=self._schema)
             )
             self._rows = []
 

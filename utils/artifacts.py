@@ -18,6 +18,9 @@ from utils import RunFailed, UsageError
 MODEL_FILE = "model.onnx"
 """Name of the network's file inside a logged model, chosen by MLflow's ONNX flavour."""
 
+CHECKPOINTS, LATEST = "checkpoints", "latest.pt"
+"""Artifact folder of a run's checkpoints, and the file in it that training goes on from."""
+
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -58,10 +61,18 @@ def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
         import mlflow
 
         return Path(
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=artifact_path, dst_path=str(folder)
-            )
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=artifact_path, dst_path=str(folder))
         )
+
+
+def latest_checkpoint(run_id: str, folder: Path) -> Path | None:
+    """Download the checkpoint that training last left on a run; None if it left none."""
+    with _mlflow_errors(f"runs:/{run_id}"):
+        import mlflow
+
+        files = mlflow.MlflowClient().list_artifacts(run_id, CHECKPOINTS)
+    path = f"{CHECKPOINTS}/{LATEST}"
+    return fetch_run_file(run_id, path, folder) if path in [file.path for file in files] else None
 
 
 def run_params(run_id: str) -> dict[str, str]:
@@ -88,9 +99,7 @@ def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "")
         model,
         name="model",
         run_id=run_id,
-        signature=mlflow.models.ModelSignature(
-            inputs=_schema(model.graph.input), outputs=_schema(model.graph.output)
-        ),
+        signature=mlflow.models.ModelSignature(inputs=_schema(model.graph.input), outputs=_schema(model.graph.output)),
         input_example=example,
         pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
         registered_model_name=register_as or None,
@@ -175,9 +184,7 @@ def _explained(uri: str, error: Exception) -> Exception:
     if code == "INVALID_PARAMETER_VALUE":
         return UsageError(f"'{uri}' was refused by {server}: {reason}")
     if "Max retries exceeded" in reason or "ConnectionError" in type(error).__name__:
-        return RunFailed(
-            f"cannot reach {server} to fetch '{uri}'; is the server up and MLFLOW_TRACKING_URI right?"
-        )
+        return RunFailed(f"cannot reach {server} to fetch '{uri}'; is the server up and MLFLOW_TRACKING_URI right?")
     return RunFailed(f"cannot fetch '{uri}' from {server}: {reason}")
 
 
