@@ -21,6 +21,9 @@ MODEL_FILE = "model.onnx"
 CHECKPOINTS, LATEST = "checkpoints", "latest.pt"
 """Artifact folder of a run's checkpoints, and the file in it that training goes on from."""
 
+FINISHED_NETWORK = f"{CHECKPOINTS}/model.pt"
+"""Artifact with the network that a training ended with."""
+
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -48,11 +51,23 @@ def fetch_model(model_uri: str, folder: Path) -> FetchedModel:
     if not (model_uri.startswith(("runs:/", "models:/")) or "://" in model_uri):
         return FetchedModel(_model_file(Path(model_uri), model_uri), run_id="")
     with _mlflow_errors(model_uri):
-        run_id = _run_of(model_uri)
         import mlflow
 
+        run_id = _run_of(model_uri)
         local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(folder))
     return FetchedModel(_model_file(Path(local), model_uri), run_id)
+
+
+def model_run(model_uri: str) -> str:
+    """The run that made a logged or registered model."""
+    with _mlflow_errors(model_uri):
+        run_id = _run_of(model_uri)
+    if not run_id:
+        raise UsageError(
+            f"model_uri '{model_uri}' names no run of training; give runs:/RUN_ID/model, models:/NAME@ALIAS or "
+            "models:/NAME/VERSION"
+        )
+    return run_id
 
 
 def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
