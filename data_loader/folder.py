@@ -3,10 +3,11 @@ entries.
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from data_loader.splits import SPLITS, split_of
 
 MIXED_SIZE = 64  # pixels a side, for image_size=0 when the images differ
 THREADS = max(2, os.cpu_count() or 1)
-BATCH = 16  # files a task: fewer make the hand-over dearer than a small image
+BATCH, BATCH_BYTES = 16, 2**20  # files a task: with fewer the hand-over costs more than a small image; and pixels
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,7 +65,7 @@ class FolderSource:
                 f"{self.source} holds no images in class folders; expected"
                 " FOLDER/CLASS/IMAGE or FOLDER/train/CLASS/IMAGE"
             )
-        heads = list(_in_threads(self._head, found, "reading headers"))
+        heads = list(_in_threads(self._head, found, "reading headers", BATCH))
         natural = self._natural_shape(heads, image_size)
         shape = (image_size, image_size, natural[2]) if image_size else natural
 
@@ -78,7 +79,8 @@ class FolderSource:
             for key, reason in self.refused
         ]
         with ImageWriter(images_path, shape) as writer:
-            results = _in_threads(read_one, list(zip(found, heads, strict=True)), "decoding images")
+            batch = max(1, min(BATCH, BATCH_BYTES // math.prod(shape)))
+            results = _in_threads(read_one, list(zip(found, heads, strict=True)), "decoding images", batch)
             for f, (sha256, result) in zip(found, results, strict=True):
                 entry: dict[str, Any] = {
                     "path": f.path,
@@ -130,9 +132,7 @@ class FolderSource:
             )
         return MIXED_SIZE, MIXED_SIZE, channels
 
-    def _read_file(
-        self, f: Found, head: "Head", shape: tuple[int, int, int]
-    ) -> tuple[str | None, np.ndarray | str]:
+    def _read_file(self, f: Found, head: "Head", shape: tuple[int, int, int]) -> tuple[str | None, np.ndarray | str]:
         """(SHA-256 in hex, or None if unreadable; pixels, or the reason why there are none)"""
         from data_loader.images import decode_image
 
@@ -158,7 +158,7 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _in_threads(work: Callable[[T], R], items: list[T], title: str) -> Iterator[R]:
+def _in_threads(work: Callable[[T], R], items: list[T], title: str, batch_size: int) -> Iterator[R]:
     """work(item) for every item, in order, with few results waiting: memory does not grow with their
     number.
     """
@@ -167,7 +167,7 @@ def _in_threads(work: Callable[[T], R], items: list[T], title: str) -> Iterator[
     def work_on(batch: list[T]) -> list[R]:
         return [work(item) for item in batch]
 
-    batches: Iterable[list[T]] = (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+    batches = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
     waiting: deque[Future[list[R]]] = deque()
     # disable=None: no bar unless stderr is a terminal; delay: nor for work of a second.
     with (

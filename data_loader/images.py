@@ -1,6 +1,7 @@
 """Encoded images -> uint8 pixels. Pillow and numpy only, so that prediction can use it without torch."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,9 @@ from data_loader import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 MAX_PIXELS = 89_478_485  # 2**28 // 3, Pillow's own limit: 256 MiB of RGB
+# Bombs and damaged EXIF are dealt with below, file by file; Pillow's warnings would not say which file they mean.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 ORIENTATION = 0x0112  # the EXIF tag (CIPA DC-008, 4.6.4)
 
 
@@ -31,6 +35,8 @@ def decode_image(data: bytes, height: int, width: int, channels: int) -> np.ndar
             image.load()
             upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
             flat = _flatten(upright).convert("L" if channels == 1 else "RGB")
+        except MemoryError:  # says nothing about the image
+            raise
         except Exception as error:  # decoders raise anything on damaged bytes, from OSError to IndexError
             raise DataError(f"corrupt or truncated image: {error}") from None
     return resize(np.asarray(flat).reshape(flat.height, flat.width, channels), height, width)

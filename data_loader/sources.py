@@ -19,6 +19,12 @@ from data_loader.folder import FolderSource
 from data_loader.manifest import Contents, stamp_files
 from data_loader.npz import NpzSource
 
+PUBLISHED_MD5 = {  # of MNIST's original files after unpacking
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
@@ -45,7 +51,7 @@ def find(dataset: str, data_dir: Path) -> Source:
 
         return S3Source(dataset, data_dir)
     path = Path(dataset).expanduser()
-    if path.is_dir():
+    if dataset and path.is_dir():
         return FolderSource(path.resolve())
     if path.is_file() and path.suffix == ".npz":
         return NpzSource(path.resolve())
@@ -149,9 +155,7 @@ class IdxSet:
                 return str(error)
         for _, images, labels in self.FILES:
             labels_N = read_idx(self.raw / labels)
-            if len(read_idx(self.raw / images)) != len(labels_N) or labels_N.max(initial=0) >= len(
-                self.classes
-            ):
+            if len(read_idx(self.raw / images)) != len(labels_N) or labels_N.max(initial=0) >= len(self.classes):
                 return f"{labels} does not fit {images}"
         return None
 
@@ -220,14 +224,8 @@ class Cifar10:
 
 
 def mnist(data_dir: Path) -> IdxSet:
-    """MNIST (LeCun et al. 1998). The sums are those of the original files after unpacking."""
-    md5 = (
-        ("train-images-idx3-ubyte", "6bbc9ace898e44ae57da46a324031adb"),
-        ("train-labels-idx1-ubyte", "a25bea736e30d166cdddb491f175f624"),
-        ("t10k-images-idx3-ubyte", "2646ac647ad5339dbf082846283269ea"),
-        ("t10k-labels-idx1-ubyte", "27ae3e4e09519cfbb04c329615203637"),
-    )
-    return IdxSet(data_dir, "mnist", "MNIST", tuple("0123456789"), md5)
+    """MNIST (LeCun et al. 1998)."""
+    return IdxSet(data_dir, "mnist", "MNIST", tuple("0123456789"), tuple(PUBLISHED_MD5.items()))
 
 
 def fashion_mnist(data_dir: Path) -> IdxSet:
