@@ -36,7 +36,6 @@ def main(settings: Settings) -> None:
             on_error=settings.on_error,
         )
         run.params({"data_digest": dataset.digest})
-        run.tags({"data_digest": dataset.digest})
         run.dataset(
             name=dataset.name,
             digest=dataset.digest,
@@ -46,9 +45,7 @@ def main(settings: Settings) -> None:
         )
         counts = {f"data/{split}_images": float(len(rows)) for split, rows in dataset.rows.items()}
         bad = dataset.manifest["bad"]
-        run.metrics(
-            {**counts, "data/classes": float(len(dataset.classes)), "data/bad_files": float(len(bad))}
-        )
+        run.metrics({**counts, "data/classes": float(len(dataset.classes)), "data/bad_files": float(len(bad))})
         run.json(dataset.manifest, "manifest.json")
         run.picture(class_histogram(dataset), "pictures/class_histogram.png")
         run.picture(sample_grid(dataset, settings.seed), "pictures/samples.png")

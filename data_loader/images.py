@@ -6,11 +6,29 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from data_loader import DataError
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+# The modules are named because importing one registers its format; Pillow would look for WebP by importing all of
+# its forty plugins. Formats beyond these are refused: a decoder that nobody asked for is only a way in.
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        PngImagePlugin.PngImageFile,
+        JpegImagePlugin.JpegImageFile,
+        BmpImagePlugin.BmpImageFile,
+        WebPImagePlugin.WebPImageFile,
+    )
+)
 MAX_PIXELS = 89_478_485  # 2**28 // 3, Pillow's own limit: 256 MiB of RGB
 # Bombs and damaged EXIF are dealt with below, file by file; Pillow's warnings would not say which file they mean.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -44,9 +44,7 @@ def list_folder(root: Path) -> list[Found]:
             found += _split(entry, ancestors)
     elif len(names & SPLIT_FOLDERS.keys()) > 1 and "train" in names:
         others = sorted(entry.name for entry in folders if entry.name.lower() not in SPLIT_FOLDERS)
-        raise DataError(
-            f"{root} holds split folders and others beside them: {others[:5]}; expected one or the other"
-        )
+        raise DataError(f"{root} holds split folders and others beside them: {others[:5]}; expected one or the other")
     else:
         found = [*_strays(entries, "")]
         for entry in folders:

@@ -16,9 +16,7 @@ from data_loader import DataError
 from data_loader.arrays import Part, read_parts, rows_per_chunk
 from data_loader.manifest import Contents, stamp_files
 
-LAYOUT = (
-    "images [N,H,W] or [N,H,W,C] of uint8 with labels [N] (and classes), or x_train, y_train, x_test, y_test"
-)
+LAYOUT = "images [N,H,W] or [N,H,W,C] of uint8 with labels [N] (and classes), or x_train, y_train, x_test, y_test"
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class NpzSource:
         except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(
-                f"{self.source} cannot be read as an .npz file ({error}); expected: {LAYOUT}"
-            ) from None
+            raise DataError(f"{self.source} cannot be read as an .npz file ({error}); expected: {LAYOUT}") from None
 
     def _parts(self, archive: zipfile.ZipFile) -> tuple[list[Part], tuple[str, ...]]:
         keys = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -71,9 +67,7 @@ class NpzSource:
         if "classes" in keys:
             names = self._classes(archive)
             if every_N.dtype.kind not in "iu" or every_N.min() < 0 or every_N.max() >= len(names):
-                raise DataError(
-                    f"{self.source}: with {len(names)} classes the labels must be 0 to {len(names) - 1}"
-                )
+                raise DataError(f"{self.source}: with {len(names)} classes the labels must be 0 to {len(names) - 1}")
             codes = {key: values.astype(np.int64) for key, values in labels.items()}
         else:
             values = np.unique(every_N)
@@ -99,8 +93,7 @@ class NpzSource:
         classes = self._small(archive, "classes")
         if classes.ndim != 1 or classes.dtype.kind != "U" or len(set(classes.tolist())) != len(classes):
             raise DataError(
-                f"{self.source}: classes is {classes.dtype} {list(classes.shape)}; expected different"
-                " texts [K]"
+                f"{self.source}: classes is {classes.dtype} {list(classes.shape)}; expected different texts [K]"
             )
         return tuple(classes.tolist())
 
@@ -115,15 +108,12 @@ class NpzSource:
         channels = shape[3] if len(shape) == 4 else 1
         if dtype != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape:
             raise DataError(
-                f"{self.source}: {key} is {dtype} {list(shape)}; expected uint8 [N,H,W]"
-                " or [N,H,W,C], C 1 or 3, N > 0"
+                f"{self.source}: {key} is {dtype} {list(shape)}; expected uint8 [N,H,W] or [N,H,W,C], C 1 or 3, N > 0"
             )
         if not in_order:
             raise DataError(f"{self.source}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
         if shape[0] != len(labels_N):
-            raise DataError(
-                f"{self.source}: {shape[0]} {key} but {len(labels_N)} labels; each image needs one"
-            )
+            raise DataError(f"{self.source}: {shape[0]} {key} but {len(labels_N)} labels; each image needs one")
         shape_HWC = (shape[1], shape[2], channels)
 
         def chunks() -> Iterator[np.ndarray]:

@@ -64,9 +64,7 @@ def image_grid(images_NHWC: np.ndarray, captions: Sequence[str], columns: int = 
         top, left = position // columns * cell_y + gap_y, position % columns * cell_x + gap_x
         mosaic[top : top + height, left : left + width] = image_HWC
         middle = left + width / 2 - 0.5
-        axes.text(
-            middle, top - 1, _short(caption, 14), fontsize=7, ha="center", va="bottom", parse_math=False
-        )
+        axes.text(middle, top - 1, _short(caption, 14), fontsize=7, ha="center", va="bottom", parse_math=False)
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
     return figure

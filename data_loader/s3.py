@@ -63,15 +63,11 @@ class S3Source:
         if single:
             objects = {key: about for key, about in objects.items() if key == prefix}
         if not objects:
-            raise DataError(
-                f"{self.source} at {endpoint() or 'AWS'} holds no objects; check the bucket and the prefix"
-            )
+            raise DataError(f"{self.source} at {endpoint() or 'AWS'} holds no objects; check the bucket and the prefix")
         start = len(prefix) - len(PurePosixPath(prefix).name) if single else len(prefix) + bool(prefix)
         wanted = {key[start:]: (key, *about) for key, about in objects.items()}
         refused = _refused(wanted)
-        mirror = (
-            self.data_dir / "s3" / hashlib.sha256(f"{endpoint()} {self.source}".encode()).hexdigest()[:16]
-        )
+        mirror = self.data_dir / "s3" / hashlib.sha256(f"{endpoint()} {self.source}".encode()).hexdigest()[:16]
         _synchronise(client, bucket, mirror, {name: it for name, it in wanted.items() if name not in refused})
         if single:
             return NpzSource(mirror / "files" / PurePosixPath(prefix).name, self.source)

@@ -52,6 +52,8 @@ def find(dataset: str, data_dir: Path) -> Source:
         return S3Source(dataset, data_dir)
     path = Path(dataset).expanduser()
     if dataset and path.is_dir():
+        if data_dir.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"data_dir={data_dir} lies in dataset={dataset!r} itself; give it another place")
         return FolderSource(path.resolve())
     if path.is_file() and path.suffix == ".npz":
         return NpzSource(path.resolve())

@@ -66,9 +66,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     from conftest import missing
 
     if absent := [program for program in PROGRAMS if not shutil.which(program)]:
-        missing(
-            f"no S3 server: {', '.join(absent)} not installed (apt-get install ceph-mon ceph-osd radosgw)"
-        )
+        missing(f"no S3 server: {', '.join(absent)} not installed (apt-get install ceph-mon ceph-osd radosgw)")
     with ExitStack() as at_end:
         yield start(tmp_path_factory.mktemp("ceph"), at_end)
 
@@ -142,9 +140,7 @@ def start(folder: Path, at_end: ExitStack) -> S3Server:
         "client.rgw": ("mon", "allow rw", "osd", "allow rwx"),
     }
     for number, (who, what) in enumerate(may.items()):
-        caps = [
-            word for kind, grant in zip(what[::2], what[1::2], strict=True) for word in ("--cap", kind, grant)
-        ]
+        caps = [word for kind, grant in zip(what[::2], what[1::2], strict=True) for word in ("--cap", kind, grant)]
         do("ceph-authtool", keyring, *(["-C"] if number == 0 else []), "-g", "-n", who, *caps)
     do(
         "monmaptool",

@@ -24,6 +24,9 @@ import numpy as np
 import pytest
 from s3_server import free_port
 
+# Every case starts processes that import torch.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, TEST = 300, 20
 

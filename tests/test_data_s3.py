@@ -72,9 +72,7 @@ def test_only_what_changed_is_downloaded_and_what_was_deleted_goes(s3: S3Server,
     s3.client().delete_object(Bucket=bucket, Key=f"set/{gone}")
     second = load(f"s3://{bucket}/set", data_dir=tmp_path)
 
-    assert {entry["path"] for entry in second.manifest["files"]} == files.keys() - {gone} | {
-        f"{CLASSES[0]}/new.png"
-    }
+    assert {entry["path"] for entry in second.manifest["files"]} == files.keys() - {gone} | {f"{CLASSES[0]}/new.png"}
     sums = [{entry["path"]: entry["sha256"] for entry in each.manifest["files"]} for each in (first, second)]
     assert {path for path in sums[0].keys() & sums[1].keys() if sums[0][path] != sums[1][path]} == {changed}
 
@@ -180,9 +178,7 @@ def test_what_is_missing_is_said_in_one_line(s3: S3Server, tmp_path: Path) -> No
         assert "holds no objects" in one_line(error)
 
 
-def test_wrong_keys_are_said_in_one_line(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_keys_are_said_in_one_line(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = s3.new_bucket()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(DataError) as error:
@@ -194,9 +190,7 @@ def test_wrong_keys_are_said_in_one_line(
     assert "does not know this access key" in one_line(error)
 
 
-def test_no_credentials_and_no_server_are_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_credentials_and_no_server_are_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "absent"))
@@ -256,9 +250,7 @@ def test_an_object_that_arrives_damaged_is_refused(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize(
-    "uri", ["s3://", "s3:///key", "s3://user@bucket/x", "s3://bucket:80/x", "s4://bucket/x"]
-)
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://user@bucket/x", "s3://bucket:80/x", "s4://bucket/x"])
 def test_addresses_that_are_none(uri: str) -> None:
     with pytest.raises(DataError, match="s3://bucket/prefix"):
         split_uri(uri)
