@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def main(settings: Settings) -> None:
         optimizer = make_optimizer(settings.optimizer, network, settings.weight_decay)
         recipe = {"batch_size": settings.batch_size, "optimizer": settings.optimizer, "seed": settings.seed}
         state = TrainingState(spec, recipe)
-        restore(settings, state, network, optimizer)
+        restore(settings, run, state, network, optimizer)
         shared_network = compute.shared(network)
 
         epoch_steps = steps_per_epoch(len(data.rows["train"]), settings.batch_size)
@@ -176,14 +175,13 @@ def log_conditions(run: Run, data: Dataset, compute: Compute) -> None:
 
 
 def restore(
-    settings: Settings, state: TrainingState, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+    settings: Settings, run: Run, state: TrainingState, network: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Go on from this run's own checkpoint (a retry), else from that of the run `resume`, else from nothing."""
     from utils.artifacts import latest_checkpoint
 
     with TemporaryDirectory() as folder:
-        own_run = os.environ.get("MLFLOW_RUN_ID")
-        file = latest_checkpoint(own_run, Path(folder)) if own_run else None
+        file = latest_checkpoint(run.id, Path(folder)) if run.id else None
         if file is None and settings.resume:
             file = latest_checkpoint(settings.resume, Path(folder))
             if file is None:

@@ -58,7 +58,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"cannot read {path} as a checkpoint ({type(error).__name__}): it is missing, cut short or something else; "
+            "give a file that training wrote"
+        ) from error
     if not isinstance(state, dict) or "spec" not in state:
         raise ModelError(f"{path} is not a checkpoint of this project; give a file written by its training")
     return state

@@ -26,7 +26,13 @@ class _Letter:
 
     send: Callable[[Any], Any] | None = None
     metrics: list[Metric] = field(default_factory=list)
+    file: Path | None = None
+    """The kept file that `send` sends; it goes when it has been sent or a newer one of its series is there."""
     series: str = ""
+
+    def done(self) -> None:
+        if self.file is not None:
+            shutil.rmtree(self.file.parent)
 
 
 class Outbox:
@@ -50,11 +56,13 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def put(self, send: Callable[[Any], Any], series: str = "") -> None:
+    def put(self, send: Callable[[Any], Any], file: Path | None = None, series: str = "") -> None:
         with self._changed:
             if series:
-                self._letters = [letter for letter in self._letters if letter.series != series]
-            self._letters.append(_Letter(send=send, series=series))
+                for older in [letter for letter in self._letters if letter.series == series]:
+                    self._letters.remove(older)
+                    older.done()
+            self._letters.append(_Letter(send=send, file=file, series=series))
             self._changed.notify_all()
 
     def put_metrics(self, metrics: list[Metric]) -> None:
@@ -112,6 +120,7 @@ class Outbox:
         while self._lost is None:
             try:
                 self._send(letter)
+                letter.done()
                 return
             except Exception as error:
                 first_failure = first_failure or time.monotonic()

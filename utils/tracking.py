@@ -35,7 +35,7 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
     Leaving the block sends what is left; RunFailed if the server never came back.
     """
     if not enabled:
-        yield Run("", OUTPUTS, None)
+        yield Run(os.environ.get("MLFLOW_RUN_ID", ""), OUTPUTS, None)
         return
     # Our own retries keep the run alive; long ones inside the client would only hide an outage from us.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -127,12 +127,7 @@ class Run:
         if self._outbox is None:
             return
         kept = self._outbox.keep(path)
-
-        def send(client: Any) -> None:
-            client.log_artifact(self.id, str(kept), folder or None)
-            shutil.rmtree(kept.parent)
-
-        self._send(send, replaces=replaces)
+        self._outbox.put(lambda client: client.log_artifact(self.id, str(kept), folder or None), kept, replaces)
 
     def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
         """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
@@ -185,9 +180,9 @@ class Run:
             left.set()
             thread.join()
 
-    def _send(self, send: Callable[[Any], Any], replaces: str = "") -> None:
+    def _send(self, send: Callable[[Any], Any]) -> None:
         if self._outbox is not None:
-            self._outbox.put(send, replaces)
+            self._outbox.put(send)
 
 
 def _start_error(error: Exception, uri: str) -> Exception:
