@@ -116,7 +116,7 @@ class FolderSource:
         except DataError as error:
             return str(error)
         except OSError as error:
-            return f"cannot be read: {error.strerror}"
+            return f"cannot be read: {error.strerror or error}"
 
     def _natural_shape(self, heads: "list[Head]", image_size: int) -> tuple[int, int, int]:
         good = [head for head in heads if not isinstance(head, str)]
@@ -142,7 +142,7 @@ class FolderSource:
                 return (_hash(path) if path.is_file() else None), head
             data = path.read_bytes()
         except OSError as error:
-            return None, f"cannot be read: {error.strerror}"
+            return None, f"cannot be read: {error.strerror or error}"
         sha256 = hashlib.sha256(data).hexdigest()
         try:
             return sha256, decode_image(data, *shape)

@@ -34,7 +34,7 @@ def list_folder(root: Path) -> list[Found]:
     try:
         entries = _visible(root)
     except OSError as error:
-        raise DataError(f"{root} cannot be listed: {error.strerror}") from None
+        raise DataError(f"{root} cannot be listed: {error.strerror or error}") from None
     folders = [entry for entry in entries if _is_folder(entry)]
     ancestors = frozenset([_identity(root.stat())])
     names = {entry.name.lower() for entry in folders}
@@ -98,7 +98,7 @@ def _walk(
         else:
             yield Found(path, class_name, split, None, 0, "not a regular file")
     except OSError as error:  # a link to nothing or to itself, or a folder without permission
-        yield Found(path, class_name, split, None, 0, f"cannot be read: {error.strerror}")
+        yield Found(path, class_name, split, None, 0, f"cannot be read: {error.strerror or error}")
 
 
 def _strays(entries: list[os.DirEntry[str]], above: str) -> Iterator[Found]:
@@ -111,7 +111,7 @@ def _strays(entries: list[os.DirEntry[str]], above: str) -> Iterator[Found]:
         try:
             size = entry.stat().st_size
         except OSError as error:
-            yield Found(above + entry.name, None, None, None, 0, f"cannot be read: {error.strerror}")
+            yield Found(above + entry.name, None, None, None, 0, f"cannot be read: {error.strerror or error}")
             continue
         if entry.name.lower().endswith(IMAGE_SUFFIXES):
             yield Found(above + entry.name, None, None, size, 0, "image outside the class folders")
