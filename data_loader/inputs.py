@@ -141,11 +141,10 @@ def _folder_files(folder: Path, above: str, ancestors: frozenset[tuple[int, int]
     for entry in entries:
         if entry.name.startswith(".") or entry.name in HIDDEN:
             continue
-        path = folder / entry.name
-        if path.is_dir():
-            yield from _folder_files(path, f"{above}{entry.name}/", ancestors | {identity})
+        if entry.is_dir():
+            yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-            yield printable(above + entry.name), path.read_bytes
+            yield printable(above + entry.name), Path(entry.path).read_bytes
 
 
 def _s3_files(address: str) -> Iterator[tuple[str, Reader]]:
