@@ -1,0 +1,226 @@
+"""Exported networks against torch, ONNX Runtime used directly, and Triton's own schema."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from google.protobuf import text_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import ModelError
+from models.export_check import agreement, program_form
+from models.networks import build
+from models.onnx_export import to_onnx
+from models.onnx_model import OnnxClassifier
+from models.quantise import to_int8
+from models.torch_export import to_program
+from models.triton import to_repository
+
+CLASSES = ("a cat", 'ein "Hund"', "鳥", "\U0001f600")
+REPOSITORY = Path(__file__).parents[1]
+
+
+def network(name="cnn", shape=(12, 12, 1)):
+    """A network with statistics that differ from those of a fresh one."""
+    torch.manual_seed(0)
+    made = build(name, shape, len(CLASSES), [90.0] * shape[2], [60.0] * shape[2])
+    with torch.no_grad():
+        for _ in range(3):
+            made(torch.randint(0, 256, (16, *shape), dtype=torch.uint8))
+    return made.eval()
+
+
+def pixels(shape, count=70):
+    return np.random.default_rng(1).integers(0, 256, (count, *shape), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    to_onnx(network(), (12, 12, 1), CLASSES, path, data_digest="d" * 64)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("cnn", (12, 12, 1)), ("cnn", (9, 14, 3)), ("alexnet", (32, 32, 3)), ("resnet18", (16, 16, 1))]
+)
+def test_onnx_agrees_with_torch_for_every_batch(name, shape, tmp_path):
+    torch_network, path = network(name, shape), tmp_path / "model.onnx"
+    to_onnx(torch_network, shape, CLASSES, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for images in (1, 2, 33):
+        images_NHWC = pixels(shape, images)
+        with torch.no_grad():
+            expected_NK = torch_network(torch.from_numpy(images_NHWC)).numpy()
+        for logits_NK in (session.run(None, {"images": images_NHWC})[0], OnnxClassifier(path).logits(images_NHWC)):
+            np.testing.assert_allclose(logits_NK, expected_NK, atol=1e-4)
+            np.testing.assert_array_equal(logits_NK.argmax(axis=1), expected_NK.argmax(axis=1))
+
+
+def test_the_file_says_all_that_prediction_needs(exported):
+    model = onnx.load(exported)
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.key: entry.value for entry in model.metadata_props} == {
+        "classes": json.dumps(CLASSES, ensure_ascii=False),
+        "image_shape": "[12, 12, 1]",
+        "data_digest": "d" * 64,
+    }
+    classifier = OnnxClassifier(exported.read_bytes())
+    assert (classifier.classes, classifier.image_shape) == (CLASSES, (12, 12, 1))
+    assert classifier.data_digest == "d" * 64
+
+
+def test_same_weights_give_the_same_bytes_in_any_process_and_no_path_is_inside(exported, tmp_path):
+    script = (
+        "import sys; sys.path[:0] = ['.', 'tests']; from pathlib import Path; from test_models_onnx import *; "
+        f"to_onnx(network(), (12, 12, 1), CLASSES, Path({str(tmp_path / 'again.onnx')!r}), data_digest='d' * 64)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+    again = (tmp_path / "again.onnx").read_bytes()
+    assert hashlib.sha256(again).hexdigest() == hashlib.sha256(exported.read_bytes()).hexdigest()
+    assert str(REPOSITORY).encode() not in again
+    assert str(tmp_path).encode() not in again
+
+
+def test_export_leaves_the_network_alone(tmp_path):
+    torch_network = network().train()
+    before = {key: value.clone() for key, value in torch_network.state_dict().items()}
+    to_onnx(torch_network, (12, 12, 1), CLASSES, tmp_path / "model.onnx")
+    assert torch_network.training
+    assert all(torch.equal(value, before[key]) for key, value in torch_network.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@given(images=st.integers(0, 400), threads=st.integers(1, 5))
+@settings(deadline=None, max_examples=25)
+def test_slices_and_threads_do_not_change_the_answer(exported, images, threads):
+    images_NHWC = pixels((12, 12, 1), images)
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    expected_NK = session.run(None, {"images": images_NHWC})[0] if images else np.empty((0, len(CLASSES)))
+    classifier = OnnxClassifier(exported, threads)
+    np.testing.assert_allclose(classifier.logits(images_NHWC), expected_NK, atol=1e-5)
+    shares_NK = classifier.probabilities(images_NHWC)
+    np.testing.assert_allclose(shares_NK, torch.softmax(torch.from_numpy(expected_NK).double(), 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images_NHWC", "received"),
+    [
+        (np.zeros((2, 12, 12, 3), np.uint8), "uint8 [2, 12, 12, 3]"),
+        (np.zeros((2, 12, 12, 1), np.float32), "float32 [2, 12, 12, 1]"),
+        (np.zeros((12, 12), np.uint8), "uint8 [12, 12]"),
+    ],
+)
+def test_wrong_images_are_one_line(exported, images_NHWC, received):
+    with pytest.raises(ModelError) as error:
+        OnnxClassifier(exported).logits(images_NHWC)
+    assert str(error.value) == f"the model takes uint8 images [N, 12, 12, 1], received {received}"
+
+
+def test_wrong_files_are_one_line(exported, tmp_path):
+    broken, foreign, silent = (tmp_path / name for name in ("broken.onnx", "foreign.onnx", "silent.onnx"))
+    broken.write_bytes(exported.read_bytes()[:500])
+    model = onnx.load(exported)
+    del model.metadata_props[:]
+    onnx.save(model, silent)
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), foreign)
+    for path, said in (
+        (tmp_path / "none.onnx", "there is no model file"),
+        (broken, "is not a readable ONNX model"),
+        (foreign, "inputs and outputs x, y; expected images, logits"),
+        (silent, "does not say its classes"),
+    ):
+        with pytest.raises(ModelError) as error:
+            OnnxClassifier(path)
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_int8_is_smaller_close_and_reproducible(tmp_path):
+    shape = (12, 12, 1)
+    images_NHWC = pixels(shape, 300)
+    to_onnx(network(), shape, CLASSES, tmp_path / "model.onnx", data_digest="x")
+    for name in ("int8.onnx", "again.onnx"):
+        to_int8(tmp_path / "model.onnx", images_NHWC[:100], tmp_path / name)
+    assert (tmp_path / "int8.onnx").read_bytes() == (tmp_path / "again.onnx").read_bytes()
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * (tmp_path / "model.onnx").stat().st_size
+    weights = [w for w in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(w.dims) == 4]
+    assert weights
+    assert all(weight.data_type == onnx.TensorProto.INT8 for weight in weights)
+    original, small = OnnxClassifier(tmp_path / "model.onnx"), OnnxClassifier(tmp_path / "int8.onnx")
+    assert (small.classes, small.image_shape) == (original.classes, original.image_shape)
+    spread = original.logits(images_NHWC).std()
+    assert np.abs(small.logits(images_NHWC) - original.logits(images_NHWC)).mean() < 0.1 * spread
+    with pytest.raises(ModelError, match="received none"):
+        to_int8(tmp_path / "model.onnx", images_NHWC[:0], tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("shape", [(12, 12, 1), (9, 14, 3)])
+def test_the_torch_program_loads_back_and_agrees_for_every_batch(shape, tmp_path):
+    torch_network, path = network("cnn", shape), tmp_path / "model.pt2"
+    to_program(torch_network, shape, CLASSES, path)
+    extra = {"classes.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    assert tuple(json.loads(extra["classes.json"])) == CLASSES
+    for images in (1, 2, 33):
+        images_NHWC = torch.from_numpy(pixels(shape, images))
+        with torch.no_grad():
+            torch.testing.assert_close(program(images_NHWC), torch_network(images_NHWC))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_agreement_sees_another_network(exported, tmp_path):
+    images_NHWC, rows = pixels((12, 12, 1), 300), np.arange(0, 300, 2)
+    to_program(network(), (12, 12, 1), CLASSES, tmp_path / "model.pt2")
+    forms = {"onnx": OnnxClassifier(exported).logits, "program": program_form(tmp_path / "model.pt2")}
+    assert all(each.holds and each.images == 150 for each in agreement(network(), forms, images_NHWC, rows).values())
+    other = network()
+    with torch.no_grad():
+        other[1][-1].bias += 0.001
+    found = agreement(other, forms, images_NHWC, rows)["onnx"]
+    assert not found.holds
+    assert found.largest_difference == pytest.approx(0.001, rel=0.01)
+
+
+def model_config():
+    """Triton's own message type; its module is loaded by path because the package around it wants gRPC."""
+    package = importlib.util.find_spec("tritonclient").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("model_config_pb2", f"{package}/grpc/model_config_pb2.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_triton_repository_parses_under_tritons_schema(exported, tmp_path):
+    folder = to_repository(exported, "classifier", tmp_path / "repository")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "repository/classifier/1/model.onnx",
+        "repository/classifier/config.pbtxt",
+        "repository/classifier/labels.txt",
+    ]
+    schema = model_config()
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert (config.name, config.backend) == (folder.name, "onnxruntime")
+    assert config.max_batch_size > 1
+    assert config.HasField("dynamic_batching")
+    assert len(config.instance_group) == 1
+    session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    kinds = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
+    for listed, actual in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        found = [(end.name, schema.DataType.Name(end.data_type), list(end.dims)) for end in listed]
+        assert found == [(end.name, kinds[end.type], end.shape[1:]) for end in actual]
+    labels = (folder / config.output[0].label_filename).read_text("utf-8").splitlines()
+    assert tuple(labels) == CLASSES
