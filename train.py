@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from utils import RunFailed, UsageError
+from utils import UsageError
 from utils.runtime import EXIT_TERMINATED, launch, stop_requested
 from utils.settings import setting
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --hel
     import torch
 
     from data_loader.dataset import Dataset
-    from models.training import TrainingState, Window
+    from models.training import TrainingState
     from utils.compute import Compute
     from utils.tracking import Run
 
@@ -52,8 +51,8 @@ def main(settings: Settings) -> None:
     """Settings, data, network, loop, report."""
     import torch
 
-    from data_loader.augment import augment
-    from data_loader.batches import channel_statistics, read_ahead, steps_per_epoch, training_batches
+    from data_loader.augment import device_batches
+    from data_loader.batches import channel_statistics, steps_per_epoch
     from data_loader.dataset import load
     from models.checkpoint import NetworkSpec
     from models.optimisation import learning_rate_at, make_optimizer
@@ -95,29 +94,19 @@ def main(settings: Settings) -> None:
 
         epoch_steps = steps_per_epoch(len(data.rows["train"]), settings.batch_size)
         total_steps = settings.epochs * epoch_steps
-        batches = training_batches(
-            data.images_NHWC,
-            data.labels_N,
-            data.rows["train"],
+        batches = device_batches(
+            data,
             batch_size=settings.batch_size,
+            augmentation=settings.augmentation,
             seed=settings.seed,
             steps=range(state.step, total_steps),
+            device=compute.device,
             rank=rank,
             world_size=world_size,
         )
         window = Window()
         with Progress(total_steps, done=state.step, shown=leads) as progress, stop_requested() as stop:
-            for batch in window.time(read_ahead(batches)):
-                images_NHWC = torch.from_numpy(batch.images_NHWC).to(compute.device)
-                labels_N = torch.from_numpy(batch.labels_N).to(compute.device)
-                images_NHWC = augment(
-                    images_NHWC,
-                    settings.augmentation,
-                    seed=settings.seed,
-                    step=state.step,
-                    rank=rank,
-                    world_size=world_size,
-                )
+            for images_NHWC, labels_N in window.time(batches):
                 learning_rate = learning_rate_at(state.step, total_steps, settings.scheduler, settings.learning_rate)
                 result = train_step(
                     shared_network,
@@ -127,19 +116,21 @@ def main(settings: Settings) -> None:
                     learning_rate=learning_rate,
                     label_smoothing=settings.label_smoothing,
                     precision=compute.precision,
-                    seed=(settings.seed * total_steps + state.step) * world_size + rank,
+                    seed=(settings.seed, state.step, rank),
                 )
-                window.add(result, images=len(labels_N) * world_size)
+                window.add(result, learning_rate, images=len(labels_N) * world_size)
                 state.step += 1
                 progress.advance()
 
                 epoch_ends = state.step % epoch_steps == 0
                 stopping = compute.any(stop())
                 if epoch_ends or stopping or state.step % settings.log_every == 0:
-                    log_window(window, state, learning_rate, compute, run)
+                    run.metrics(window.close(state, compute.mean), step=state.step)
                 if epoch_ends:
-                    row = validate(settings, data, compute, network, state, learning_rate, run)
-                    progress.line(describe(row, settings.epochs))
+                    scores = validate(data, network, compute)
+                    state.finish_epoch(scores, learning_rate, network if settings.early_stopping else None)
+                    run.metrics({**scores, "epoch": len(state.history)}, step=state.step)
+                    progress.line(describe(state.history[-1], settings.epochs))
                 if (epoch_ends or stopping) and leads:
                     state.save(run.folder / "latest.pt", network, optimizer)
                     run.artifact(run.folder / "latest.pt", "checkpoints", replaces="latest.pt")
@@ -161,17 +152,9 @@ def log_conditions(run: Run, data: Dataset, compute: Compute) -> None:
     counts = {f"{split}_images": len(rows) for split, rows in data.rows.items()}
     profile = {"image_shape": shape, "classes": len(data.classes), **counts}
     run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=profile)
-    run.params(
-        {
-            "data_digest": data.digest,
-            **profile,
-            "device_used": compute.device.type,
-            "precision_used": compute.precision,
-            "processes": compute.place.world_size,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-    )
+    used = {"device_used": compute.device.type, "precision_used": compute.precision, "torch": torch.__version__}
+    processes = {"processes": compute.place.world_size, "threads": torch.get_num_threads()}
+    run.params({"data_digest": data.digest, **profile, **used, **processes})
 
 
 def restore(
@@ -193,51 +176,17 @@ def restore(
             print(f"going on from step {state.step}", flush=True)
 
 
-def log_window(window: Window, state: TrainingState, learning_rate: float, compute: Compute, run: Run) -> None:
-    """Send the training charts' next point; RunFailed if a loss is not a number any more."""
-    results, metrics = window.close(compute.mean)
-    for position, (loss, _) in enumerate(results):
-        if not math.isfinite(loss):
-            step = state.step - len(results) + position + 1
-            raise RunFailed(
-                f"the loss became {loss} at step {step} with learning rate about {learning_rate:.3g}; "
-                "give a lower learning_rate, precision=fp32, or look at the data"
-            )
-    state.epoch_results += results
-    run.metrics({**metrics, "train/learning_rate": learning_rate}, step=state.step)
-
-
-def validate(
-    settings: Settings,
-    data: Dataset,
-    compute: Compute,
-    network: torch.nn.Module,
-    state: TrainingState,
-    learning_rate: float,
-    run: Run,
-) -> dict[str, float]:
-    """Score the validation split, which all processes share, and add the epoch to the history."""
+def validate(data: Dataset, network: torch.nn.Module, compute: Compute) -> dict[str, float]:
+    """Loss and accuracy on the validation split, which all processes share."""
     from data_loader.batches import evaluation_batches
     from models import scores
     from models.training import predict_logits
 
-    rows = data.rows["val"]
-    place = compute.place
-    share = evaluation_batches(data.images_NHWC, data.labels_N, rows[place.rank :: place.world_size], 1024)
-    logits = predict_logits(network, share, len(data.classes), compute.device, compute.precision)
-    logits_NK = compute.interleave(logits).numpy()
-    losses, accuracies = zip(*state.epoch_results, strict=True)
-    row = {
-        "epoch": len(state.history) + 1,
-        "train/loss": sum(losses) / len(losses),
-        "train/accuracy": sum(accuracies) / len(accuracies),
-        "val/loss": scores.log_loss(logits_NK, data.labels_N[rows]),
-        "val/accuracy": scores.accuracy(logits_NK, data.labels_N[rows]),
-        "learning_rate": learning_rate,
-    }
-    state.finish_epoch(row, network if settings.early_stopping else None)
-    run.metrics({key: row[key] for key in ("epoch", "val/loss", "val/accuracy")}, step=state.step)
-    return row
+    rows, place = data.rows["val"], compute.place
+    batches = evaluation_batches(data.images_NHWC, data.labels_N, rows[place.rank :: place.world_size], 1024)
+    share_NK = predict_logits(network, batches, len(data.classes), compute.device, compute.precision)
+    logits_NK, labels_N = compute.interleave(share_NK).numpy(), data.labels_N[rows]
+    return {"val/loss": scores.log_loss(logits_NK, labels_N), "val/accuracy": scores.accuracy(logits_NK, labels_N)}
 
 
 def describe(row: dict[str, float], epochs: int) -> str:

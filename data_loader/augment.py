@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
-AUGMENTATIONS = ("none", "shift", "shift_flip")
+from data_loader.batches import read_ahead, training_batches
+from data_loader.dataset import Dataset
+
+
+def device_batches(
+    data: Dataset,
+    *,
+    batch_size: int,
+    augmentation: str,
+    seed: int,
+    steps: range,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """images_NHWC and labels_N of the training split on `device`, shuffled, augmented and read ahead of their use.
+
+    `steps` counts optimiser steps from the start of training; `batch_size` is global (see `training_batches`).
+    """
+    batches = training_batches(
+        data.images_NHWC,
+        data.labels_N,
+        data.rows["train"],
+        batch_size=batch_size,
+        seed=seed,
+        steps=steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    for step, batch in zip(steps, read_ahead(batches), strict=True):
+        images_NHWC = torch.from_numpy(batch.images_NHWC).to(device)
+        images_NHWC = augment(images_NHWC, augmentation, seed=seed, step=step, rank=rank, world_size=world_size)
+        yield images_NHWC, torch.from_numpy(batch.labels_N).to(device)
 
 
 def augment(images_NHWC: Tensor, kind: str, *, seed: int, step: int, rank: int = 0, world_size: int = 1) -> Tensor:

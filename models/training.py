@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import ModelError
+from models import ModelError, TrainingDiverged
 from models.checkpoint import NetworkSpec, load, save, spec_of, spec_state
 
 T = TypeVar("T")
@@ -26,13 +28,13 @@ def train_step(
     learning_rate: float,
     label_smoothing: float,
     precision: str,
-    seed: int,
+    seed: tuple[int, int, int],
 ) -> Tensor:
     """One step of gradient descent; gives [loss, share of right answers] on the batch, still on its device.
 
-    `seed` is that of the step: dropout draws the same masks when the step is taken again.
+    `seed` (the training's seed, the step, the process) makes dropout draw the same masks when the step is taken again.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     with torch.autocast(images_NHWC.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -79,9 +81,18 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the epoch with the lowest validation loss; kept only for early stopping."""
 
-    def finish_epoch(self, row: dict[str, float], network: nn.Module | None) -> None:
-        """Add the epoch's metrics; keep the weights of `network` (if given) when its validation loss is the lowest."""
-        self.history.append(row)
+    def finish_epoch(self, validation: dict[str, float], learning_rate: float, network: nn.Module | None) -> None:
+        """Add the epoch to the history; keep the weights of `network`, if given, when its loss is the lowest yet."""
+        losses, accuracies = zip(*self.epoch_results, strict=True)
+        self.history.append(
+            {
+                "epoch": len(self.history) + 1,
+                "train/loss": sum(losses) / len(losses),
+                "train/accuracy": sum(accuracies) / len(accuracies),
+                **validation,
+                "learning_rate": learning_rate,
+            }
+        )
         self.epoch_results = []
         if network is not None and epochs_without_progress(self.history) == 0:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
@@ -128,15 +139,13 @@ def epochs_without_progress(history: list[dict[str, float]]) -> int:
 
 
 class Window:
-    """The optimiser steps since the last point of the training charts, and how long they took."""
+    """The optimiser steps since the last point of the training charts: what they gave and how long they took."""
 
     def __init__(self) -> None:
         self._results: list[Tensor] = []
+        self._rates: list[float] = []
         self._images = 0
         self._start = self._waited_s = 0.0
-
-    def __len__(self) -> int:
-        return len(self._results)
 
     def time(self, batches: Iterator[T]) -> Iterator[T]:
         """Pass batches on, measuring the wait for each."""
@@ -150,26 +159,32 @@ class Window:
             self._waited_s += time.perf_counter() - asked
             yield batch
 
-    def add(self, result: Tensor, images: int) -> None:
+    def add(self, result: Tensor, learning_rate: float, images: int) -> None:
         """Take up what `train_step` gave for a global batch of `images`."""
         self._results.append(result)
+        self._rates.append(learning_rate)
         self._images += images
 
-    def close(self, mean: Callable[[Tensor], Tensor]) -> tuple[list[list[float]], dict[str, float]]:
-        """The [loss, accuracy] of each step and the metrics of them all; then begin anew.
+    def close(self, state: TrainingState, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The steps' metrics, which also go into the state's present epoch; then begin anew.
 
-        `mean` averages over the processes that share the batches.
+        `mean` averages over the processes that share the batches. TrainingDiverged if a loss is not a number.
         """
         results = mean(torch.stack(self._results)).tolist()
         seconds = time.perf_counter() - self._start
+        for position, (loss, _) in enumerate(results):
+            if not math.isfinite(loss):
+                raise TrainingDiverged(loss, state.step - len(results) + position + 1, self._rates[position])
+        state.epoch_results += results
         metrics = {
             "train/loss": sum(loss for loss, _ in results) / len(results),
             "train/accuracy": sum(accuracy for _, accuracy in results) / len(results),
+            "train/learning_rate": self._rates[-1],
             "train/images_per_s": self._images / seconds,
             "train/seconds_to_data": self._waited_s,
         }
-        Window.__init__(self)
-        return results, metrics
+        self.__init__()  # type: ignore[misc]
+        return metrics
 
 
 def _short(value: Any) -> str:

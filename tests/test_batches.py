@@ -41,9 +41,9 @@ def test_an_epoch_shows_no_image_twice_and_only_training_rows(images: int, batch
 
 def test_epochs_have_different_orders_and_a_seed_always_the_same() -> None:
     rows = np.arange(64)
-    first, second = labels(64, rows, 64, range(0, 1)), labels(64, rows, 64, range(1, 2))
+    first, second = labels(64, rows, 64, range(1)), labels(64, rows, 64, range(1, 2))
     assert first != second
-    assert labels(64, rows, 64, range(0, 2)) == first + second
+    assert labels(64, rows, 64, range(2)) == first + second
 
 
 @given(st.integers(0, 11))
@@ -57,7 +57,7 @@ def test_processes_share_the_batches_of_one(world_size: int) -> None:
     rows = np.arange(70)
     alone = labels(70, rows, 16, range(8))
     shares = [labels(70, rows, 16, range(8), rank=rank, world_size=world_size) for rank in range(world_size)]
-    together = [sum((share[step] for share in shares), []) for step in range(8)]
+    together = [[label for share in shares for label in share[step]] for step in range(8)]
     assert together == alone
 
 

@@ -96,7 +96,7 @@ def test_golden_step() -> None:
             learning_rate=0.01,
             label_smoothing=0.1,
             precision="fp32",
-            seed=step,
+            seed=(0, step, 0),
         )[0].item()
         for step in range(2)
     ]
@@ -124,7 +124,7 @@ def test_the_weights_digest_changes_with_any_bit() -> None:
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"])
 def test_a_broken_checkpoint_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "latest.pt").write_bytes(content)
-    with pytest.raises(ModelError, match="latest.pt") as refusal:
+    with pytest.raises(ModelError, match=r"latest\.pt") as refusal:
         load(tmp_path / "latest.pt")
     assert "\n" not in str(refusal.value)
 

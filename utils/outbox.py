@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,22 +116,29 @@ class Outbox:
                 self._deliver(letter)
 
     def _deliver(self, letter: _Letter) -> None:
-        first_failure, pause = None, RETRY_FIRST_S
+        """Send a letter, again and again while the server is away; once it is given up, keep everything."""
         patience_s = float(os.environ.get("TRACKING_PATIENCE_S", "600"))
+        away_since, pause_s = None, RETRY_FIRST_S
         while self._lost is None:
             try:
                 self._send(letter)
                 letter.done()
-                return
             except Exception as error:
-                first_failure = first_failure or time.monotonic()
-                if is_final(error):
-                    self._give_up(f"the tracking server refused what the run logged ({first_line(error)})")
-                elif time.monotonic() - first_failure > patience_s:
-                    self._give_up(f"the tracking server did not answer for {patience_s:.0f} s ({first_line(error)})")
-                else:
-                    time.sleep(pause)
-                    pause = min(pause * 2, RETRY_LONGEST_S)
+                if not _may_pass(error):
+                    self._give_up(f"the tracking server did not take what the run logged ({_brief(error)})")
+                elif away_since is None:
+                    away_since = time.monotonic()
+                    _tell(
+                        f"the tracking server is away ({_brief(error)}); trying for {patience_s:.0f} s, the run goes on"
+                    )
+                elif time.monotonic() - away_since > patience_s:
+                    self._give_up(f"the tracking server did not answer for {patience_s:.0f} s ({_brief(error)})")
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_LONGEST_S)
+            else:
+                if away_since is not None:
+                    _tell("the tracking server is back")
+                return
         self._save(letter)
 
     def _send(self, letter: _Letter) -> None:
@@ -156,22 +164,34 @@ class Outbox:
                 file.write(json.dumps({"key": key, "value": value, "timestamp": time_ms, "step": step}) + "\n")
 
 
-# What trying again cannot mend (mlflow.protos.databricks_pb2.ErrorCode).
 FINAL_CODES = {
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
     "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",
     "UNAUTHENTICATED",
 }
+"""MLflow's error codes (mlflow.protos.databricks_pb2.ErrorCode) that trying again cannot mend."""
+
+_FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+_CLIENTS = {"boto3", "botocore", "mlflow", "requests", "s3transfer", "sqlalchemy", "urllib3"}
 
 
-def is_final(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT):
-        return True
-    return getattr(error, "error_code", None) in FINAL_CODES
+def _may_pass(error: Exception) -> bool:
+    """Whether an error may be gone the next time: an outage, not a refusal and not a mistake in the program."""
+    if isinstance(error, OSError) and error.errno in _FINAL_ERRNOS:
+        return False
+    if getattr(error, "error_code", None) in FINAL_CODES:
+        return False
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, cut where connection errors begin to repeat themselves."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _brief(error: BaseException) -> str:
+    """The first line of an error, cut where connection errors begin to repeat themselves."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _tell(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
