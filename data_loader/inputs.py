@@ -139,12 +139,20 @@ def _folder_files(folder: Path, above: str, ancestors: frozenset[tuple[int, int]
     except OSError as error:
         raise DataError(f"folder {printable(str(folder))!r} cannot be listed: {error.strerror}") from None
     for entry in entries:
-        if entry.name.startswith(".") or entry.name in HIDDEN:
-            continue
         if entry.is_dir():
-            yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            if not _is_hidden(entry.name):
+                yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
+        elif _is_image(entry.name):
             yield printable(above + entry.name), Path(entry.path).read_bytes
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is an image by its name, and not hidden by it or by a folder it lies in."""
+    return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(_is_hidden, path.split("/")))
 
 
 def _s3_files(address: str) -> Iterator[tuple[str, Reader]]:
@@ -168,10 +176,11 @@ def _s3_files(address: str) -> Iterator[tuple[str, Reader]]:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for found in page.get("Contents", ()):
                 key = found["Key"]
+                name = key[len(prefix) :].lstrip("/")
                 if key == prefix:
                     yield key.rpartition("/")[2], reader(key)
-                elif (not prefix or key.startswith(f"{prefix}/")) and key.lower().endswith(IMAGE_SUFFIXES):
-                    yield key[len(prefix) :].lstrip("/"), reader(key)
+                elif (not prefix or key.startswith(f"{prefix}/")) and _is_image(name):
+                    yield name, reader(key)
 
 
 @contextmanager
