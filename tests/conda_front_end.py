@@ -58,9 +58,7 @@ async def solve_and_install(channels: list[str], specs: list[str], prefix: Path)
         specs=specs,
         virtual_packages=VirtualPackage.detect(),
     )
-    await install(
-        records, target_prefix=prefix, cache_dir=Path(os.environ["CONDA_PKGS_DIRS"]), show_progress=False
-    )
+    await install(records, target_prefix=prefix, cache_dir=Path(os.environ["CONDA_PKGS_DIRS"]), show_progress=False)
 
 
 def create(prefix: Path, specification: Path) -> None:

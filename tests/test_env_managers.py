@@ -1,6 +1,6 @@
 """`mlflow run --env-manager local | uv | virtualenv | conda` gives the same run from the one conda.yaml.
 
-MLflow's own code makes each environment in full (5.4 GB, removed at the end of its test). Two things it would
+MLflow's own code makes each environment in full (5.4 GB, removed after its run). Two things it would
 fetch from elsewhere are offered here: pyenv's Python (pyenv_shim.py) and conda with its channel
 (conda_front_end.py and conda_channel.py). TEST_CONDA_HOME=/path/to/miniforge3 puts a real conda in the place
 of the front end.
@@ -13,8 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import conda_front_end
@@ -22,6 +23,7 @@ import pyenv_shim
 import pytest
 from conftest import missing
 from mlflow import MlflowClient
+from mlflow.entities import FileInfo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -33,18 +35,18 @@ CLOCKED = ("seconds", "images_per_s", "system/")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has to be equal: everything a run logged, without ids and times."""
+    """What has to be equal: everything a run logged, without ids and times. `files`: of the run and its model."""
 
     weights_sha256: str
     params: dict[str, str]
     metrics: dict[str, list[tuple[int, float]]]
-    artifacts: list[str]
+    files: list[str]
 
 
-def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> Iterator[str]:
-    for entry in client.list_artifacts(run_id, folder):
+def walk(listing: Callable[[str | None], list[FileInfo]], folder: str | None = None) -> Iterator[str]:
+    for entry in listing(folder):
         if entry.is_dir:
-            yield from artifacts(client, run_id, entry.path)
+            yield from walk(listing, entry.path)
         else:
             yield entry.path
 
@@ -52,6 +54,9 @@ def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> I
 def outcome(client: MlflowClient, experiment_id: str) -> Outcome:
     (run,) = client.search_runs([experiment_id])
     assert run.info.status == "FINISHED"
+    (model,) = run.outputs.model_outputs
+    run_files = walk(partial(client.list_artifacts, run.info.run_id))
+    model_files = walk(partial(client.list_logged_model_artifacts, model.model_id))
     names = [name for name in run.data.metrics if not any(word in name for word in CLOCKED)]
     return Outcome(
         weights_sha256=run.data.tags["weights_sha256"],
@@ -60,15 +65,16 @@ def outcome(client: MlflowClient, experiment_id: str) -> Outcome:
             name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
             for name in sorted(names)
         },
-        artifacts=sorted(artifacts(client, run.info.run_id)),
+        files=[*sorted(run_files), *(f"model/{name}" for name in sorted(model_files))],
     )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One tracking store for all cases."""
+    """One tracking store, and one download of everything that is locked, for all cases."""
 
     folder: Path
+    wheels: Path
     client: MlflowClient
 
     def run(self, manager: str, path: tuple[Path, ...] = (), **variables: str) -> Outcome:
@@ -81,7 +87,13 @@ class Bench:
             "MLFLOW_TRACKING_URI": self.client.tracking_uri,
             # uv and virtualenv name an environment alike: without roots of their own they would share one.
             "MLFLOW_ENV_ROOT": str(scratch / "envs"),
+            # The lock's files are all that may be installed: with no index, a missing pin would fail.
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
             "PIP_NO_COMPILE": "1",
+            "UV_NO_INDEX": "1",
+            "UV_FIND_LINKS": self.wheels.as_uri(),
+            "UV_CACHE_DIR": str(scratch / "envs/uv-cache"),
             **variables,
         }
         command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", manager]
@@ -99,9 +111,14 @@ HIDDEN = {"PYTEST_CURRENT_TEST", "PYTEST_VERSION", "VIRTUAL_ENV", "CONDA_EXE", "
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("managers")
-    return Bench(folder, MlflowClient(f"sqlite:///{folder}/mlflow.db"))
+    wheels = folder / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--dest", str(wheels), "--requirement", str(ROOT / "requirements.lock")]
+    subprocess.run(command, check=True)
+    yield Bench(folder, wheels, MlflowClient(f"sqlite:///{folder}/mlflow.db"))
+    shutil.rmtree(wheels)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +127,7 @@ def local(bench: Bench) -> Outcome:
 
 
 def assert_same(got: Outcome, local: Outcome) -> None:
-    assert local.weights_sha256, "the local run has no weights_sha256"
+    assert local.weights_sha256 and local.metrics["test/accuracy"] and "model/model.onnx" in local.files
     assert asdict(got) == asdict(local)
 
 

@@ -56,9 +56,7 @@ def test_conda_yaml_holds_the_pins_of_the_lock() -> None:
     python, pip, section = conda["dependencies"]
     assert conda["channels"] == ["conda-forge"]
     assert python == "python=3.11"
-    assert [Requirement(pin) for pin in section["pip"]] == [
-        requirement(line) for line in locked("requirements")
-    ]
+    assert [Requirement(pin) for pin in section["pip"]] == [requirement(line) for line in locked("requirements")]
     assert Requirement(pip.replace("=", "==")) in [Requirement(pin) for pin in section["pip"]]
 
 
@@ -147,9 +145,7 @@ def test_a_half_made_environment_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "with a space"
     folder.mkdir()
     lock = folder / "requirements.lock"
-    lock.write_text(
-        "no-such-file-of-ours @ file:///nowhere/none-1.0-py3-none-any.whl --hash=sha256:" + "0" * 64 + "\n"
-    )
+    lock.write_text("no-such-file-of-ours @ file:///nowhere/none-1.0-py3-none-any.whl --hash=sha256:" + "0" * 64 + "\n")
     python = f"PYTHON={shutil.which('python3')}"
     assert make(folder, ".venv/installed", python).returncode != 0
     assert not (folder / ".venv/installed").exists()

@@ -42,11 +42,7 @@ def test_a_room_imports_no_other_room_and_no_script(room: str) -> None:
 
 
 def test_models_know_neither_mlflow_nor_the_command_line() -> None:
-    wrong = {
-        p.name
-        for p in (ROOT / "models").rglob("*.py")
-        if imported(ast.walk(parse(p))) & {"mlflow", "argparse"}
-    }
+    wrong = {p.name for p in (ROOT / "models").rglob("*.py") if imported(ast.walk(parse(p))) & {"mlflow", "argparse"}}
     assert wrong == set()
 
 
