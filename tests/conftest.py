@@ -31,7 +31,10 @@ def mnist_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.mkdir(parents=True)
     for path in packed:
         data = path.read_bytes()
-        (raw / path.name.removesuffix(".gz")).write_bytes(
-            gzip.decompress(data) if path.suffix == ".gz" else data
-        )
+        (raw / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(data) if path.suffix == ".gz" else data)
     return data_dir
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first: what is broken shows before the end-to-end runs start."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
