@@ -46,10 +46,11 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 		sys.exit(f"error: Python 3.11 or later is needed, $(PYTHON) is {v}; name another: make PYTHON=python3.12")'
 	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("pip") or \
 		sys.exit("error: $(PYTHON) has no pip; install it (Debian: apt-get install python3-pip)")'
-	$(PYTHON) -m venv --clear --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
+	@echo "Making .venv: 5.4 GB, a few minutes"
+	@$(PYTHON) -m venv --clear --without-pip .venv
+	@$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.lock
-	.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
+	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	@touch $@
