@@ -9,9 +9,9 @@ One process, pairs measured in turns, medians. Three comparisons:
 - arrays, ONNX Runtime: a session with its default threads fed batches of 256, against the same;
 - PNG files, mlflow.pyfunc: decode one file after the other with Pillow, stack, `predict`, against our stream.
 
-The last line is the first comparison. Both sides end in the same kernels of ONNX Runtime, so what can be won on arrays is
-the waiting of threads for each other and the traffic of whole-array feature maps through memory. Decoding a small PNG is
-nine tenths Python inside Pillow, one thread at a time: threads win there only where files are large.
+The last line is the first comparison. Both sides end in the same kernels of ONNX Runtime, so what can be won on
+arrays is the waiting of threads for each other and the traffic of whole-array feature maps through memory. Decoding a
+small PNG is nine tenths Python inside Pillow, one thread at a time: threads win there only where files are large.
 """
 
 from __future__ import annotations
