@@ -49,10 +49,10 @@ def read_batches(address: str, image_shape: Shape, batch_size: int, threads: int
 
     address: a folder (with all sub-folders), an image file, a glob, an .npz with the array `images`, or an
     s3://bucket/prefix of images, s3://bucket/key of an image or an .npz. Names are relative to a folder or
-    prefix; an image in an .npz is named by its row number. threads=0 uses every core allowed. Raises
+    prefix; an image in an .npz is named by its row number. threads=0 uses every core. Raises
     DataError if the input as a whole cannot be read or holds no image.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or os.cpu_count() or 1
     with _npz_of(address) as npz:
         batches = (
             _npz_batches(npz, address, image_shape, batch_size)

@@ -36,7 +36,7 @@ class OnnxClassifier:
     def __init__(self, model: Path | bytes, threads: int = 0):
         """Load `model`, a file of models.onnx_export or its bytes; `threads=0` uses every core allowed."""
         self._session = _open(model)
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or _cores()
         self._pool = ThreadPoolExecutor(self._threads)
         facts = self._session.get_modelmeta().custom_metadata_map
         try:
@@ -44,8 +44,7 @@ class OnnxClassifier:
             height, width, channels = json.loads(facts["image_shape"])
         except (KeyError, ValueError):
             raise ModelError(
-                f"{_name(model)} does not say its classes and image shape; "
-                "give a model exported by this project"
+                f"{_name(model)} does not say its classes and image shape; give a model exported by this project"
             ) from None
         self.image_shape = (height, width, channels)
         self.data_digest = facts.get("data_digest", "")
@@ -59,9 +58,7 @@ class OnnxClassifier:
         if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             received = ", ".join(map(str, images_NHWC.shape))
-            raise ModelError(
-                f"the model takes uint8 images [N, {expected}], received {images_NHWC.dtype} [{received}]"
-            )
+            raise ModelError(f"the model takes uint8 images [N, {expected}], received {images_NHWC.dtype} [{received}]")
         images = len(images_NHWC)
         step = max(1, min(self._slice, -(-images // self._threads)))
         logits_NK = np.empty((images, len(self.classes)), np.float32)
@@ -83,6 +80,11 @@ class OnnxClassifier:
         return scores.probabilities(self.logits(images_NHWC))
 
 
+def _cores() -> int:
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _open(model: Path | bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # Calls run side by side; see OnnxClassifier.
@@ -94,9 +96,7 @@ def _open(model: Path | bytes) -> onnxruntime.InferenceSession:
             model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class.
-        raise ModelError(
-            f"{_name(model)} is not a readable ONNX model: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"{_name(model)} is not a readable ONNX model: {str(error).splitlines()[0]}") from error
     ends = [end.name for end in (*session.get_inputs(), *session.get_outputs())]
     if ends != [INPUT, OUTPUT]:
         raise ModelError(

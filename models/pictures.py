@@ -44,9 +44,7 @@ def confusion_matrix(matrix_KK: np.ndarray, classes: Sequence[str]) -> Figure:
             if images:
                 colour = "white" if share_KK[row, column] > 0.3 else INK
                 size = 9 if images < 10_000 else 7
-                axes.text(
-                    column, row, f"{int(images)}", ha="center", va="center", color=colour, fontsize=size
-                )
+                axes.text(column, row, f"{int(images)}", ha="center", va="center", color=colour, fontsize=size)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     return figure
@@ -65,9 +63,7 @@ def reliability_diagram(logits_NK: np.ndarray, labels_N: np.ndarray) -> Figure:
     above.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     filled = bins.images_B > 0
     above.bar(centres[filled], bins.accuracy_B[filled], width * 0.92, color=BLUE, label="accuracy of the bin")
-    above.plot(
-        bins.confidence_B[filled], bins.accuracy_B[filled], "o", color=ORANGE, label="at its mean confidence"
-    )
+    above.plot(bins.confidence_B[filled], bins.accuracy_B[filled], "o", color=ORANGE, label="at its mean confidence")
     above.set_title(f"Reliability: calibration error {bins.calibration_error:.4f}", color=INK)
     above.set_ylabel("accuracy")
     above.set_ylim(0, 1.02)

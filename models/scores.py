@@ -80,9 +80,7 @@ class Reliability:
     @property
     def calibration_error(self) -> float:
         """Mean distance between confidence and accuracy, each bin weighted by its images."""
-        return float(
-            (self.images_B * np.abs(self.confidence_B - self.accuracy_B)).sum() / self.images_B.sum()
-        )
+        return float((self.images_B * np.abs(self.confidence_B - self.accuracy_B)).sum() / self.images_B.sum())
 
 
 def reliability(logits_NK: np.ndarray, labels_N: np.ndarray, bins: int = CALIBRATION_BINS) -> Reliability:
