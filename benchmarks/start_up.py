@@ -1,7 +1,7 @@
 """What it costs to begin: CPU seconds of `--help`, and seconds from `mlflow run` to the first training step.
 
-The other side of the first is an interpreter that does nothing; goal: `python train.py --help` and `python predict.py --help`
-under 0.3 s of CPU. The other side of the second is an entry point that only prints, through the same `mlflow run`: the
+The other side of the first is an interpreter that does nothing; goal: `python train.py --help` and
+`python predict.py --help` under 0.3 s of CPU. The other side of the second is an entry point that only prints, through the same `mlflow run`: the
 difference is what importing torch, opening the run and loading the data cost.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
         (folder / "trivial").mkdir()
         (folder / "trivial" / "MLproject").write_text(TRIVIAL)
         data = f"data_dir={folder}/data"
-        # With --log_every and one step an epoch the first line of an epoch comes right after the first step.
+        # With one step an epoch, the epoch's line comes right after the first step.
         one_step = ("-P", data, "-P", "epochs=1", "-P", "batch_size=100000")
         first_line_s(ROOT, folder, *one_step)  # makes the database and the data cache
         pairs = [

@@ -27,7 +27,7 @@ from data_loader.listing import HIDDEN, IMAGE_SUFFIXES
 READ_AHEAD_BATCHES = 2
 """Batches being read and decoded while one is predicted: more would only use memory."""
 
-FILES_PER_TASK = 16
+FILES_PER_TASK = 64
 """Files that one thread decodes at a time: starting a task costs about as much as one small file."""
 
 Shape = tuple[int, int, int]
