@@ -135,8 +135,8 @@ def _cnn(channels: int, classes: int) -> nn.Sequential:
 def _alexnet(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     """AlexNet's five convolutions (Krizhevsky et al., 2012) with the kernels and strides usual for 32x32 images.
 
-    Batch normalisation stands in for its local response normalisation, one linear layer for its three: after 256 maps of
-    2x2 there is nothing for 4096 units to do, and without them it learns at the same rates as the others.
+    Batch normalisation stands in for its local response normalisation, one linear layer for its three: after 256 maps
+    of 2x2 there is nothing for 4096 units to do, and without them it learns at the same rates as the others.
     """
     height, width, channels = image_shape
     features = nn.Sequential(
