@@ -1,8 +1,8 @@
 """What it costs to begin: CPU seconds of `--help`, and seconds from `mlflow run` to the first training step.
 
 The other side of the first is an interpreter that does nothing; goal: `python train.py --help` and
-`python predict.py --help` under 0.3 s of CPU. The other side of the second is an entry point that only prints, through the
-same `mlflow run`: the difference is what importing torch, opening the run and loading the data cost.
+`python predict.py --help` under 0.3 s of CPU. The other side of the second is an entry point that only prints, through
+the same `mlflow run`: the difference is what importing torch, opening the run and loading the data cost.
 """
 
 from __future__ import annotations

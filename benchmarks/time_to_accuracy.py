@@ -2,8 +2,8 @@
 
 The other side is what people start with: a network of two convolutions, torchvision's data set and transforms, a
 DataLoader of batch 64, Adadelta, one process, the test set scored after each epoch until it reaches the same accuracy;
-no tracking. Its clock starts with its process, as ours does, and stops at the first epoch that is good enough; ours runs
-on to the end of the run, with the model logged. Goal: at least 20 times faster.
+no tracking. Its clock starts with its process, as ours does, and stops at the first epoch that is good enough; ours
+runs on to the end of the run, with the model logged. Goal: at least 20 times faster.
 
 Needs MNIST_ROOT, a folder with MNIST in torchvision's layout (MNIST/raw). Takes about ten minutes on two cores.
 """
