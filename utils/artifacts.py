@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import RunFailed, UsageError
+from utils.runtime import without_passwords
 
 MODEL_FILE = "model.onnx"
 """Name of the network's file inside a logged model, chosen by MLflow's ONNX flavour."""
@@ -193,7 +194,7 @@ def _explained(uri: str, error: Exception) -> Exception:
 
     code = getattr(error, "error_code", "")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    server = _without_password(mlflow.get_tracking_uri())
+    server = without_passwords(mlflow.get_tracking_uri())
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or isinstance(error, FileNotFoundError):
         return UsageError(f"'{uri}' does not exist on {server}: {reason}")
     if code == "INVALID_PARAMETER_VALUE":
@@ -201,10 +202,3 @@ def _explained(uri: str, error: Exception) -> Exception:
     if "Max retries exceeded" in reason or "ConnectionError" in type(error).__name__:
         return RunFailed(f"cannot reach {server} to fetch '{uri}'; is the server up and MLFLOW_TRACKING_URI right?")
     return RunFailed(f"cannot fetch '{uri}' from {server}: {reason}")
-
-
-def _without_password(uri: str) -> str:
-    """The address of a server, less the user and password that it may carry."""
-    scheme, mark, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"

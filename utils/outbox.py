@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.runtime import without_passwords
+
 BATCH_METRICS = 1000  # MLflow's own limit for the metrics of one log_batch call
 SEND_EVERY_S = 1.0
 RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 10.0
@@ -194,4 +196,4 @@ def _brief(error: BaseException) -> str:
 
 
 def _tell(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {without_passwords(text)}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,8 +37,13 @@ def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT]) -
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         sys.exit(exit_code)
+
+
+def without_passwords(text: str) -> str:
+    """The text with `user:password@` taken out of every address in it: errors of clients quote whole addresses."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 from utils import RunFailed, UsageError
 from utils.outbox import FINAL_CODES, Outbox
-from utils.runtime import git_tags
+from utils.runtime import git_tags, without_passwords
 from utils.settings import as_params, as_text
 
 SYSTEM_METRICS_EVERY_S = 10.0
@@ -194,7 +194,7 @@ def _start_error(error: Exception, uri: str) -> Exception:
     else:
         advice = "start the server or set MLFLOW_TRACKING_URI"
     kind = UsageError if code in FINAL_CODES else RunFailed
-    return kind(f"cannot open a run at {uri}: {str(error).splitlines()[0][:200]}; {advice}")
+    return kind(f"cannot open a run at {without_passwords(uri)}: {str(error).splitlines()[0][:200]}; {advice}")
 
 
 def _source(source: str) -> tuple[str, dict[str, Any]]:

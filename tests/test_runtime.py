@@ -1,0 +1,75 @@
+"""The process around an entry point: exit codes, one-line errors, no password in them."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_loader import DataError
+from models import ModelError
+from utils import RunFailed, UsageError
+from utils.runtime import Place, git_tags, launch, stop_requested, without_passwords
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.mark.parametrize(("kind", "code"), [(DataError, 2), (ModelError, 2), (UsageError, 2), (RunFailed, 1)])
+def test_an_error_for_the_user_is_one_line_and_its_code(
+    kind: type[Exception], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(settings: object) -> None:
+        raise kind("cannot reach https://ada:secret@mlflow.example.org:5000/api")
+
+    monkeypatch.setattr("utils.runtime.parse", lambda settings_class: settings_class())
+    with pytest.raises(SystemExit) as stop:
+        launch(main, object)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == "error: cannot reach https://mlflow.example.org:5000/api\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.runtime.parse", lambda settings_class: settings_class())
+    with pytest.raises(ZeroDivisionError):
+        launch(lambda settings: 1 / 0, object)  # type: ignore[arg-type, return-value]
+
+
+def test_passwords_are_taken_out_of_addresses_only() -> None:
+    text = "postgresql://u:p%40ss@db/x and s3://bucket/a@b, mail ada@example.org"
+    assert without_passwords(text) == "postgresql://db/x and s3://bucket/a@b, mail ada@example.org"
+
+
+def test_ctrl_c_exits_130_and_leaves_the_run_killed(project: Path, start: Start) -> None:
+    import mlflow
+
+    process = start("train.py", "--epochs=10000", cwd=project)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    assert "error: interrupted" in err
+    assert mlflow.search_runs(search_all_experiments=True).status.tolist() == ["KILLED"]
+
+
+def test_sigterm_is_seen_within_the_block_only() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requested() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_place_comes_from_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Place.from_environment() == Place(0, 0, 1)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    place = Place.from_environment()
+    assert (place, place.leads) == (Place(5, 1, 8), False)
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
+    assert git_tags(tmp_path) == {}
