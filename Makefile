@@ -6,6 +6,9 @@ ARGS ?=
 URI = $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
+# Nothing here reports to anyone: MLflow would send usage data.
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
 .PHONY: help run test lint lock ui bench clean
 
 help:  ## list these commands

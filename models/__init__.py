@@ -1,5 +1,10 @@
 """Networks, checkpoints, scores and ONNX: nothing here knows MLflow or argparse."""
 
+import os
+
+# ONNX Runtime would keep a device id in the home folder and report to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 class ModelError(ValueError):
     """A model, checkpoint or model setting that cannot be used; the message is one line for the user."""

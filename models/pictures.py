@@ -29,7 +29,7 @@ def confusion_matrix(matrix_KK: np.ndarray, classes: Sequence[str]) -> Figure:
     """
     count = len(classes)
     side = float(np.clip(0.45 * count + 2.5, 4.5, 16))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = Figure(figsize=(side + 0.8, side), layout="compressed")
     axes = figure.subplots()
     row_total_K1 = matrix_KK.sum(axis=1, keepdims=True)
     share_KK = matrix_KK / np.maximum(row_total_K1, 1)
