@@ -42,7 +42,7 @@ class Settings:
     precision: str = setting("auto", "arithmetic", choices=("auto", "fp32", "bf16"))
     device: str = setting("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "seed of everything random", minimum=0)
-    log_every: int = setting(50, "optimiser steps between two points of the training charts", minimum=1)
+    log_every: int = setting(50, "optimiser steps of an epoch between two points of the training charts", minimum=1)
     resume: str = setting("", "id of a run to go on from")
     register_as: str = setting("", "name in the model registry to register the model under")
 
@@ -122,14 +122,15 @@ def main(settings: Settings) -> None:
                 state.step += 1
                 progress.advance()
 
-                epoch_ends = state.step % epoch_steps == 0
+                position = state.step % epoch_steps
+                epoch_ends = position == 0
                 stopping = compute.any(stop())
-                if epoch_ends or stopping or state.step % settings.log_every == 0:
+                if stopping or position % settings.log_every == 0:
                     run.metrics(window.close(state, compute.mean), step=state.step)
                 if epoch_ends:
                     scores = validate(data, network, compute)
                     state.finish_epoch(scores, learning_rate, network if settings.early_stopping else None)
-                    run.metrics({**scores, "epoch": len(state.history)}, step=state.step)
+                    run.metrics(scores, step=state.step)
                     progress.line(describe(state.history[-1], settings.epochs))
                 if (epoch_ends or stopping) and leads:
                     state.save(run.folder / "latest.pt", network, optimizer)
@@ -201,6 +202,7 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     """Export the model and judge it, as the file that ships, on the test split."""
     import numpy as np
 
+    from data_loader.batches import evaluation_batches
     from data_loader.pictures import image_grid
     from models import pictures, scores
     from models.checkpoint import save_network, weights_sha256
@@ -215,22 +217,27 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     spec, onnx_file = state.spec, run.folder / "model.onnx"
     to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
     run.tags({"weights_sha256": weights_sha256(network.state_dict())})
-    example = data.images_NHWC[data.rows["test"][:1]]
-    run.later(lambda client: log_onnx_model(run.id, onnx_file, np.asarray(example), settings.register_as))
-
     rows = data.rows["test"]
+    example = np.array(data.images_NHWC[rows[:1]])
+    run.later(lambda client: log_onnx_model(run.id, onnx_file, example, settings.register_as, step=state.step))
+
+    classifier = OnnxClassifier(onnx_file)
+    batches = evaluation_batches(data.images_NHWC, data.labels_N, rows, 1024)
+    logits_NK = np.concatenate([classifier.logits(batch.images_NHWC) for batch in batches])
     labels_N = data.labels_N[rows]
-    logits_NK = OnnxClassifier(onnx_file).logits(data.images_NHWC[rows])
     summary = scores.summary(logits_NK, labels_N)
-    run.metrics({f"test/{name}": value for name, value in summary.items()}, step=state.step)
+    run.metrics({f"test/{name}": value for name, value in summary.items()})
+    result = f"test accuracy {summary['accuracy']:.4f} on {len(rows)} images"
+    run.tags({"mlflow.note.content": f"**{settings.network}** on **{settings.dataset}**: {result}"})
     run.picture(pictures.learning_curves(state.history), "pictures/learning_curves.png")
     matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
     run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
     worst = scores.worst_mistakes(logits_NK, labels_N, 40)
     captions = [f"{data.classes[labels_N[i]]} → {data.classes[logits_NK[i].argmax()]}" for i in worst]
-    run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
+    if captions:
+        run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
     run.flush()
-    print(f"test accuracy {summary['accuracy']:.4f} on {len(rows)} images; run {run.id}", flush=True)
+    print(f"{result}; run {run.id}", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def sample_grid(dataset: Dataset, seed: int) -> Figure:
 def image_grid(images_NHWC: np.ndarray, captions: Sequence[str], columns: int = GRID_COLUMNS) -> Figure:
     """uint8 images [N, H, W, C], C 1 or 3, row by row, each under its caption."""
     count, height, width, _ = images_NHWC.shape
+    columns = max(1, min(columns, count))
     lines = max(1, math.ceil(count / columns))
     # One picture with all images in it: an axes for each would take a hundred times as long.
     gap_x, gap_y = max(1, width // 8), max(2, height * 2 // 5)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 import torch
 from sklearn import metrics
 from sklearn.datasets import load_digits
+from tracking_server import copy_database
 
 import evaluate
 import export
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 def trained(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
     """A run that trained digits for three epochs, registered as `digits`; the working folder is its project."""
     folder = tmp_path_factory.mktemp("trained")
-    shutil.copy(empty_database, folder / "mlflow.db")
+    copy_database(empty_database, folder, str(folder / "mlruns" / "0"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")

@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -69,12 +71,20 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def copy_database(database: Path, folder: Path, artifacts: str) -> None:
+    """Put a copy of an empty database into `folder`; the default experiment keeps its artifacts at `artifacts`."""
+    copy = folder / "mlflow.db"
+    shutil.copy(database, copy)
+    with closing(sqlite3.connect(copy)) as connection, connection:
+        connection.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
+
+
 @pytest.fixture
 def tracking_server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingServer]:
     """A server of this test's own, started."""
     folder = tmp_path / "server"
     folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
+    copy_database(empty_database, folder, "mlflow-artifacts:/0")
     server = TrackingServer(folder)
     server.start()
     yield server
@@ -88,7 +98,7 @@ def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
 
     folder = tmp_path / "project"
     folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
+    copy_database(empty_database, folder, str(folder / "mlruns" / "0"))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     yield folder

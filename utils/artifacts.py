@@ -99,12 +99,13 @@ def run_params(run_id: str) -> dict[str, str]:
         return dict(mlflow.MlflowClient().get_run(run_id).data.params)
 
 
-def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "") -> str:
+def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "", step: int = 0) -> str:
     """Log the ONNX file `path` to the run as the model `model` and return its URI.
 
     `example` (a NumPy array) becomes the input example; the signature is read from the file. The requirements
     are given, because MLflow would otherwise run the model in another process to find them out. Loads with
-    `mlflow.pyfunc` anywhere, contains no pickle. `register_as` makes it a version of that registered model.
+    `mlflow.pyfunc` anywhere, contains no pickle. `register_as` makes it a version of that registered model; `step` is
+    the training step it was made at, whose metrics MLflow shows with it.
     """
     import mlflow
     import mlflow.onnx
@@ -115,6 +116,7 @@ def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "")
         model,
         name="model",
         run_id=run_id,
+        step=step,
         signature=mlflow.models.ModelSignature(inputs=_schema(model.graph.input), outputs=_schema(model.graph.output)),
         input_example=example,
         pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
