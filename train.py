@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
     from data_loader.dataset import load
     from models.checkpoint import NetworkSpec
     from models.optimisation import learning_rate_at, make_optimizer
-    from models.training import TrainingState, Window, epochs_without_progress, train_step
+    from models.training import TrainingState, Window, train_step
     from utils.compute import Compute, make_deterministic
     from utils.progress import Progress
     from utils.tracking import start_run
@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
             batch_size=settings.batch_size,
             augmentation=settings.augmentation,
             seed=settings.seed,
-            steps=range(state.step, total_steps),
+            steps=range(state.step, state.step if stopped_early(settings, state) else total_steps),
             device=compute.device,
             rank=rank,
             world_size=world_size,
@@ -138,7 +138,7 @@ def main(settings: Settings) -> None:
                 if stopping:
                     progress.line(f"SIGTERM: stopped after step {state.step}; the checkpoint is saved")
                     sys.exit(EXIT_TERMINATED)
-                if epoch_ends and 0 < settings.early_stopping <= epochs_without_progress(state.history):
+                if epoch_ends and stopped_early(settings, state):
                     progress.line(f"stopped early: no lower validation loss for {settings.early_stopping} epochs")
                     break
         if leads:
@@ -175,6 +175,13 @@ def restore(
         if file is not None:
             state.restore(file, network, optimizer)
             print(f"going on from step {state.step}", flush=True)
+
+
+def stopped_early(settings: Settings, state: TrainingState) -> bool:
+    """Whether the validation loss has not fallen for so long that the best epoch is behind us."""
+    from models.training import epochs_without_progress
+
+    return 0 < settings.early_stopping <= epochs_without_progress(state.history)
 
 
 def validate(data: Dataset, network: torch.nn.Module, compute: Compute) -> dict[str, float]:

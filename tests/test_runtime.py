@@ -11,6 +11,7 @@ import pytest
 from data_loader import DataError
 from models import ModelError
 from utils import RunFailed, UsageError
+from utils.compute import Compute
 from utils.runtime import Place, git_tags, launch, stop_requested, without_passwords
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -69,6 +70,19 @@ def test_a_place_comes_from_torchruns_variables(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     place = Place.from_environment()
     assert (place, place.leads) == (Place(5, 1, 8), False)
+
+
+def test_half_a_group_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 'two'"):
+        Place.from_environment()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(UsageError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        Compute.pick("cpu", "fp32").processes(),
+    ):
+        pass
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_early_stopping_ends_soon_and_takes_the_best_epoch(
     losses = [m.value for m in mlflow.MlflowClient().get_metric_history(run.info.run_id, "val/loss")]
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 200
+    again = trained(capsys, epochs=200, early_stopping=2, scheduler="none", resume=run.info.run_id)
+    assert again.data.tags["weights_sha256"] == run.data.tags["weights_sha256"], "it does not start again"
     state = load(artifact(run, "checkpoints/latest.pt", tmp_path))
     network, _ = load_network(artifact(run, "checkpoints/model.pt", tmp_path))
     for name, tensor in network.state_dict().items():

@@ -36,6 +36,11 @@ class Compute:
         if self.place.world_size == 1:
             yield
             return
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UsageError(
+                f"WORLD_SIZE is {self.place.world_size}, but {', '.join(missing)} is not set; "
+                "set all four, or start with torchrun"
+            )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from utils import UsageError
 from utils.settings import parse
 
 SettingsT = TypeVar("SettingsT")
@@ -76,12 +77,14 @@ class Place:
     @classmethod
     def from_environment(cls) -> Place:
         """Read RANK, LOCAL_RANK and WORLD_SIZE; a single process where they are not set."""
-        rank = int(os.environ.get("RANK", "0"))
-        return cls(
-            rank=rank,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        return cls(rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0), world_size=_number("WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} is '{text}' in the environment; allowed: a whole number, as torchrun sets it")
+    return int(text)
 
 
 def git_tags(folder: Path) -> dict[str, str]:
