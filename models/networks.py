@@ -6,6 +6,7 @@ about it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def build(
             "allowed: at least 2x2 pixels, 1 channel and 2 classes"
         )
     if name == "cnn":
-        body: nn.Module = _cnn(channels, classes)
+        body: nn.Module = _cnn(image_shape, classes)
     elif name == "alexnet":
         body = _alexnet(image_shape, classes)
     elif name == "resnet18":
@@ -123,16 +124,29 @@ def _conv_block(channels_in: int, channels_out: int, *, stride: int = 1, pool: b
     )
 
 
-def _cnn(channels: int, classes: int) -> nn.Sequential:
-    """Three convolutions and a linear head on the largest answer of each filter: small, fast, for any image size."""
-    return nn.Sequential(
-        _conv_block(channels, 16, pool=True),
+def _with_head(
+    features: nn.Sequential, image_shape: tuple[int, int, int], classes: int, dropout: float
+) -> nn.Sequential:
+    """Features, each filter's largest answers in a 2x2 grid, and a linear layer on them: for any image size."""
+    height, width, channels = image_shape
+    with torch.no_grad():
+        maps, rows, columns = features.eval()(torch.zeros(1, channels, height, width)).shape[1:]
+    features.train()
+    # Two rows and columns of cells, rounded up; one where the map has only one. (ONNX has no adaptive pooling.)
+    cell = (math.ceil(rows / 2), math.ceil(columns / 2))
+    cells = math.ceil(rows / cell[0]) * math.ceil(columns / cell[1])
+    head = (nn.MaxPool2d(cell, ceil_mode=True), nn.Flatten(), nn.Dropout(dropout), nn.Linear(maps * cells, classes))
+    return nn.Sequential(features, *head)
+
+
+def _cnn(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    """Three convolutions: small and fast."""
+    features = nn.Sequential(
+        _conv_block(image_shape[2], 16, pool=True),
         _conv_block(16, 32, pool=True),
         _conv_block(32, 64),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, classes),
     )
+    return _with_head(features, image_shape, classes, dropout=0.0)
 
 
 def _alexnet(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
@@ -149,17 +163,7 @@ def _alexnet(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
         _conv_block(384, 256),
         _conv_block(256, 256, pool=True),
     )
-    with torch.no_grad():
-        feature_height, feature_width = features.eval()(torch.zeros(1, channels, height, width)).shape[2:]
-    # Larger images than the kernels were meant for are pooled to the 2x2 that a 32x32 image ends with.
-    head_size = (min(2, feature_height), min(2, feature_width))
-    return nn.Sequential(
-        features,
-        nn.AdaptiveAvgPool2d(head_size),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(256 * head_size[0] * head_size[1], classes),
-    ).train()
+    return _with_head(features, image_shape, classes, dropout=0.5)
 
 
 def _resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
