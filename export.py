@@ -40,14 +40,14 @@ def main(settings: Settings) -> None:
     from data_loader.matching import load_matching
     from models.checkpoint import load_network
     from utils import UsageError
-    from utils.artifacts import FINISHED_NETWORK, fetch_run_file, model_run, run_params
+    from utils.artifacts import CHECKPOINTS, NETWORK, fetch_run_file, model_run, run_params
     from utils.tracking import start_run
 
     if settings.output and Path(settings.output).exists():
         raise UsageError(f"output '{settings.output}' exists; give a new folder")
     source_run = model_run(settings.model_uri)
     with TemporaryDirectory() as scratch:
-        network, spec = load_network(fetch_run_file(source_run, FINISHED_NETWORK, Path(scratch)))
+        network, spec = load_network(fetch_run_file(source_run, f"{CHECKPOINTS}/{NETWORK}", Path(scratch)))
         with start_run(settings, "export") as run:
             run.tags({"source_run": source_run})
             data = load_matching(

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from utils import UsageError
+from utils.artifacts import CHECKPOINTS, LATEST, NETWORK
 from utils.runtime import EXIT_TERMINATED, launch, stop_requested
 from utils.settings import setting
 
@@ -133,8 +134,8 @@ def main(settings: Settings) -> None:
                     run.metrics(scores, step=state.step)
                     progress.line(describe(state.history[-1], settings.epochs))
                 if (epoch_ends or stopping) and leads:
-                    state.save(run.folder / "latest.pt", network, optimizer)
-                    run.artifact(run.folder / "latest.pt", "checkpoints", replaces="latest.pt")
+                    state.save(run.folder / LATEST, network, optimizer)
+                    run.artifact(run.folder / LATEST, CHECKPOINTS, replaces=LATEST)
                 if stopping:
                     progress.line(f"SIGTERM: stopped after step {state.step}; the checkpoint is saved")
                     sys.exit(EXIT_TERMINATED)
@@ -219,8 +220,8 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
 
     if state.best_weights:
         network.load_state_dict(state.best_weights)
-    save_network(run.folder / "model.pt", network, state.spec)
-    run.artifact(run.folder / "model.pt", "checkpoints")
+    save_network(run.folder / NETWORK, network, state.spec)
+    run.artifact(run.folder / NETWORK, CHECKPOINTS)
     spec, onnx_file = state.spec, run.folder / "model.onnx"
     to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
     run.tags({"weights_sha256": weights_sha256(network.state_dict())})

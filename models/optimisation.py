@@ -7,9 +7,6 @@ import math
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULERS = ("onecycle", "cosine", "step", "none")
-
 # OneCycle as torch.optim.lr_scheduler.OneCycleLR has it by default (Smith and Topin, 2017, in its cosine form).
 ONECYCLE_WARMUP = 0.3
 ONECYCLE_START = 1 / 25

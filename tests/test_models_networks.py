@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import ModelError
 from models.checkpoint import NetworkSpec, load, load_network, save, save_network, weights_sha256
 from models.networks import NETWORKS, BatchNorm2d, Normalise, build
-from models.optimisation import SCHEDULERS, learning_rate_at, make_optimizer
+from models.optimisation import learning_rate_at, make_optimizer
 from models.training import train_step
 
 SPEC = NetworkSpec("cnn", (8, 8, 1), ("a", "b", "c"), (30.0,), (60.0,), "digits", "0" * 64)
@@ -55,7 +55,7 @@ def test_an_unknown_network_or_an_impossible_image_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(total=st.integers(4, 400), scheduler=st.sampled_from([name for name in SCHEDULERS if name != "none"]))
+@given(total=st.integers(4, 400), scheduler=st.sampled_from(["onecycle", "cosine", "step"]))
 def test_schedules_are_those_of_torch(total: int, scheduler: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     reference = {

@@ -19,11 +19,8 @@ from utils.runtime import without_passwords
 MODEL_FILE = "model.onnx"
 """Name of the network's file inside a logged model, chosen by MLflow's ONNX flavour."""
 
-CHECKPOINTS, LATEST = "checkpoints", "latest.pt"
-"""Artifact folder of a run's checkpoints, and the file in it that training goes on from."""
-
-FINISHED_NETWORK = f"{CHECKPOINTS}/model.pt"
-"""Artifact with the network that a training ended with."""
+CHECKPOINTS, LATEST, NETWORK = "checkpoints", "latest.pt", "model.pt"
+"""Artifact folder of a run's checkpoints, the file that training goes on from, the network that it ended with."""
 
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
