@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import typing
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import load_data
+import train
 from utils.settings import REQUIRED, as_params, as_text, parse, setting
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +119,21 @@ def test_the_project_has_exactly_these_entry_points() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert (project["name"], project["conda_env"]) == ("image-classifier", "conda.yaml")
     assert set(project["entry_points"]) == set(SCRIPTS)
+
+
+def test_mlflow_passes_over_what_only_the_plugin_reads(project: Path) -> None:
+    """Stock `mlflow run` takes an MLproject with our keys; the keys say something for every entry point."""
+    import mlflow.projects
+
+    spec = yaml.safe_load((ROOT / "MLproject").read_text())
+    assert spec["cache"] == [load_data.Settings.data_dir] == [train.Settings.data_dir]
+    for name, entry_point in spec["entry_points"].items():
+        resources = entry_point["resources"]
+        assert {"cpu", "memory"} <= set(resources) <= {"cpu", "memory", "shm", "gpu"}, name
+        assert resources["cpu"] > 0
+        for key in {"memory", "shm"} & set(resources):
+            assert re.fullmatch(r"[1-9]\d*(Mi|Gi)", resources[key]), (name, key)
+    mlproject = {**spec, "entry_points": {"main": {**spec["entry_points"]["main"], "command": "true"}}}
+    del mlproject["conda_env"]
+    (project / "MLproject").write_text(yaml.safe_dump(mlproject))
+    assert mlflow.projects.run(".", env_manager="local").get_status() == "FINISHED"
