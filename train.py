@@ -72,6 +72,7 @@ def main(settings: Settings) -> None:
             image_size=settings.image_size,
             on_error=settings.on_error,
         )
+        compute.agree("data_digest", data.digest)
         log_conditions(run, data, compute)
 
         height, width, channels = data.images_NHWC.shape[1:]

@@ -85,5 +85,15 @@ def test_half_a_group_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
+def test_outside_a_checkout_the_launcher_tells_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_tags(tmp_path) == {}
+    monkeypatch.setenv("MLPROJECT_GIT_COMMIT", "a" * 40)
+    monkeypatch.setenv("MLPROJECT_GIT_DIRTY", "true")
+    assert git_tags(tmp_path) == {"git_commit": "a" * 40, "git_dirty": "true"}
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    identity = ["-c", "user.name=T", "-c", "user.email=t@localhost"]
+    commit = ["git", "-C", tmp_path, *identity, "commit", "--quiet", "--allow-empty", "-m", "first"]
+    subprocess.run(commit, check=True)
+    here = git_tags(tmp_path)
+    assert here["git_commit"] != "a" * 40, "a checkout is its own witness"
+    assert here["git_dirty"] == "false"

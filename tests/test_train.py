@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from tracking_server import TrackingServer
 
 import train
 from models import ModelError, TrainingDiverged
@@ -190,6 +192,65 @@ def test_two_processes_train_what_one_does(project: Path, tmp_path: Path) -> Non
         )
     for key in ("train/loss", "val/loss", "test/log_loss"):
         assert runs[1].data.metrics[key] == pytest.approx(runs[0].data.metrics[key], rel=1e-2)
+
+
+def two_nodes(
+    start: Start, folders: list[Path], server: TrackingServer, run_id: str, *flags: str
+) -> list[tuple[int, str, str]]:
+    """Train as two pods of a Kubernetes job do: one run id, a disk each. Gives (exit code, stdout, stderr) of both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    tracking = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_RUN_ID": run_id}
+    flags = ("--precision=fp32", "--device=cpu", "--scheduler=none", "--learning_rate=0.001", *flags)
+    nodes = [start("train.py", *flags, cwd=cwd, RANK=str(n), **group, **tracking) for n, cwd in enumerate(folders)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    return [(node.returncode, out, err) for node, (out, err) in zip(nodes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_nodes_with_a_disk_each_train_and_go_on_as_one(
+    tracking_server: TrackingServer, start: Start, tmp_path: Path
+) -> None:
+    client = mlflow.MlflowClient(tracking_server.uri)
+    whole, stopped = (client.create_run("0").info.run_id for _ in range(2))
+
+    def train_on(run_id: str, epochs: int, names: str) -> str:
+        folders = [tmp_path / name for name in names]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        (lead, out, err), (other, silence, other_err) = two_nodes(
+            start, folders, tracking_server, run_id, f"--epochs={epochs}"
+        )
+        assert (lead, other) == (0, 0), err + other_err
+        for folder in folders:
+            assert list(folder.glob("data/cache/*/images.npy")), "each node made its own cache"
+        assert "epoch" in out and "epoch" not in silence
+        assert not (folders[1] / "outputs").exists()
+        return out
+
+    train_on(whole, 2, "ab")
+    train_on(stopped, 1, "ab")
+    # The pods that go on are new ones: their disks are empty, and the checkpoint comes from the run.
+    assert "going on from step" in train_on(stopped, 2, "cd")
+    digests = [client.get_run(run_id).data.tags["weights_sha256"] for run_id in (whole, stopped)]
+    assert digests[0] == digests[1]
+    assert len(client.search_runs(["0"])) == 2
+
+
+@pytest.mark.slow
+def test_nodes_whose_data_differ_are_refused(tracking_server: TrackingServer, start: Start, tmp_path: Path) -> None:
+    run_id = mlflow.MlflowClient(tracking_server.uri).create_run("0").info.run_id
+    folders = [tmp_path / name for name in "ab"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        images = np.random.default_rng(seed).integers(0, 256, (400, 8, 8, 1), np.uint8)
+        np.savez(folder / "set.npz", images=images, labels=np.arange(400) % 2)
+    results = two_nodes(start, folders, tracking_server, run_id, "--dataset=set.npz", "--epochs=1")
+    for code, _, err in results:
+        assert code == 2
+        assert "give every process the same data" in err
 
 
 @pytest.mark.slow

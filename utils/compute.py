@@ -64,6 +64,19 @@ class Compute:
         dist.all_reduce(count)
         return bool(count)
 
+    def agree(self, name: str, value: str) -> None:
+        """UsageError where the processes, each perhaps with a disk of its own, do not all have the same `value`."""
+        if self.place.world_size == 1:
+            return
+        values: list[str] = [""] * self.place.world_size
+        dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UsageError(
+                    f"{name} is {values[0]} in process 0 but {other} in process {rank}; "
+                    "give every process the same data"
+                )
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean of the processes' values."""
         if self.place.world_size > 1:

@@ -88,7 +88,11 @@ def _number(name: str, default: int) -> int:
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """The commit of the code in `folder` and whether its files differ from it; empty outside a git checkout."""
+    """The commit of the code in `folder` and whether its files differ from it; empty where nobody knows.
+
+    In a container the code comes without its history; MLPROJECT_GIT_COMMIT and MLPROJECT_GIT_DIRTY (true or false) in
+    the environment then say what the launcher saw.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -98,5 +102,6 @@ def git_tags(folder: Path) -> dict[str, str]:
     try:
         commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        told = {"git_commit": "MLPROJECT_GIT_COMMIT", "git_dirty": "MLPROJECT_GIT_DIRTY"}
+        return {tag: os.environ[name] for tag, name in told.items() if os.environ.get(name)}
     return {"git_commit": commit, "git_dirty": "true" if changes else "false"}
