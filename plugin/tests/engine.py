@@ -1,0 +1,161 @@
+"""Docker for tests: an engine, a second one that may be stopped, a base image, a registry, an image that runs jobs."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import docker
+import docker.errors
+import pytest
+from docker.utils import kwargs_from_env
+
+BASE_IMAGE = "python:3.11-slim-bookworm"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlproject-backends-tests"
+
+
+class Daemon:
+    """A Docker engine of its own: its images and containers lie in `folder`, and nothing else uses it."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.folder = folder
+        self.host = f"unix://{folder}/docker.sock"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: str) -> None:
+        """Start it and wait until it answers; `options` go to dockerd this time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = ["dockerd", "--host", self.host, "--pidfile", f"{self.folder}/dockerd.pid"]
+        command += ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
+        with (self.folder / "dockerd.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *self._options, *options], stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                self.client().close()
+                return
+            except docker.errors.DockerException:
+                time.sleep(0.1)
+        raise RuntimeError("dockerd does not start: " + (self.folder / "dockerd.log").read_text()[-2000:])
+
+    def client(self) -> Any:
+        return docker.APIClient(self.host, version="auto")
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it: by SIGTERM as a service manager does, or by SIGKILL as a crash would."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(timeout=60)
+            self._process = None
+
+
+def _daemon(folder: Path, *options: str) -> Daemon:
+    from conftest import missing
+
+    if os.getuid() != 0 or not shutil.which("dockerd"):
+        missing("only root can start a Docker engine, and only where dockerd is installed (Debian: docker.io)")
+    return Daemon(folder, *options)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Any]:
+    """A client of the engine that answers here, else of one that is started for the tests; DOCKER_HOST names it."""
+    try:
+        client = docker.APIClient(version="auto", **kwargs_from_env())
+    except docker.errors.DockerException:
+        daemon = _daemon(CACHE / "docker")
+        daemon.start()
+        with pytest.MonkeyPatch.context() as patch, closing(daemon.client()) as client:
+            patch.setenv("DOCKER_HOST", daemon.host)
+            yield client
+        daemon.stop()
+    else:
+        with closing(client):
+            yield client
+
+
+@pytest.fixture(scope="session")
+def base_image(engine: Any) -> str:
+    """The base image of the Dockerfiles; made from Debian's packages where it is not there (half a minute)."""
+    from conftest import missing
+
+    try:
+        engine.inspect_image(BASE_IMAGE)
+    except docker.errors.ImageNotFound:
+        if os.getuid() != 0 or not (shutil.which("mmdebstrap") and shutil.which("docker")):
+            missing(f"there is no image {BASE_IMAGE}, and root, mmdebstrap and docker are needed to make one")
+        subprocess.run([Path(__file__).with_name("base_image.sh"), BASE_IMAGE], check=True)
+    return BASE_IMAGE
+
+
+@pytest.fixture(scope="session")
+def job_image(engine: Any, base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image that can run any job: the base image and mlflow-skinny, as the plugin makes it for a project."""
+    from mlproject_backends.config import Config
+    from mlproject_backends.image import environment_image
+
+    project = tmp_path_factory.mktemp("job-image") / "mlproject-tests"
+    project.mkdir()
+    env_file = project / "python_env.yaml"
+    env_file.write_text('python: "3.11"\n')
+    return environment_image(project, env_file, "python_env", Config("docker"), print, push=False)
+
+
+@pytest.fixture(scope="session")
+def private_engine(engine: Any, base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A second engine that has the base image and may be stopped and started; it has no networks but `host`."""
+    folder = tmp_path_factory.mktemp("engine")
+    options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--containerd-namespace=mlproject-tests"]
+    daemon = _daemon(folder, *options, "--containerd-plugins-namespace=mlproject-tests-plugins")
+    daemon.start()
+    with closing(daemon.client()) as client:
+        client.load_image(engine.get_image(base_image))
+    yield daemon
+    daemon.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a real image registry on this machine, empty at first."""
+    from conftest import missing
+
+    program = shutil.which("docker-registry")
+    if not program:
+        missing("there is no docker-registry (Debian: docker-registry)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "config.yml").write_text(
+        f"version: 0.1\nhttp: {{addr: {address}}}\nstorage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n"
+    )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://{address}/v2/", process, folder / "log")
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} does not answer: {log.read_text()[-2000:]}")
