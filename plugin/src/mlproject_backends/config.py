@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlproject_backends import ConfigError
@@ -51,8 +51,12 @@ class Config:
 
     def resources(self, declared: Resources) -> Resources:
         """What the entry point declared, with what this configuration sets in its place."""
-        ours = {"cpu": self.cpu, "memory_bytes": self.memory, "gpu": self.gpu, "shm_bytes": self.shm}
-        return replace(declared, **{name: value for name, value in ours.items() if value is not None})
+        return Resources(
+            cpu=declared.cpu if self.cpu is None else self.cpu,
+            memory_bytes=declared.memory_bytes if self.memory is None else self.memory,
+            gpu=declared.gpu if self.gpu is None else self.gpu,
+            shm_bytes=declared.shm_bytes if self.shm is None else self.shm,
+        )
 
 
 KUBERNETES_ONLY = {
@@ -193,5 +197,5 @@ def declared_resources(entry_point: str, declared: object) -> Resources:
 
 def _unknown(what: str, name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown {what}{hint} Allowed: {', '.join(allowed)}" if hint else f"unknown {what}; allowed: {', '.join(allowed)}"
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return f"unknown {what}{hint}; allowed: {', '.join(allowed)}"

@@ -91,7 +91,7 @@ class Target(Protocol):
     """A place that runs jobs: Docker, Kubernetes. Made from a Config; making one sends nothing."""
 
     def check(self) -> None:
-        """Raise ConfigError or JobError, in one line, where jobs cannot be sent: no daemon, no rights, wrong context."""
+        """Raise ConfigError or JobError, in one line, where jobs cannot be sent (no daemon, no rights, ...)."""
 
     def render(self, job: Job) -> Any:
         """What would be sent, as plain JSON values; pure. Secret values are not in it."""

@@ -1,0 +1,245 @@
+"""What MLflow calls: check the project, make the Job, hand it to a target. Only this file touches mlflow.projects."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import ExecutionException
+from mlflow.projects._project_spec import _find_mlproject
+from mlflow.projects.backend.abstract_backend import AbstractBackend
+from mlflow.projects.utils import fetch_and_validate_project, get_or_create_run, load_project
+from mlflow.utils.mlflow_tags import MLFLOW_PROJECT_BACKEND, MLFLOW_PROJECT_ENV, MLFLOW_RUN_NAME
+
+from mlproject_backends import ConfigError, alias
+from mlproject_backends.code_package import CodePackage, pack
+from mlproject_backends.command import Command, job_command
+from mlproject_backends.config import DOCKER, KUBERNETES, Config, declared_resources, parse
+from mlproject_backends.environment import Environment, job_environment
+from mlproject_backends.image import environment_image
+from mlproject_backends.job import Job, Resources, Target
+from mlproject_backends.job_run import TAG_BACKEND, TAG_REASON, JobRun, make_target, tell
+
+CODE_ARTIFACT = "code"
+
+
+@dataclass(frozen=True)
+class _Project:
+    """A project that was read: its folder, MLflow's view of it, and the keys that MLflow passes over."""
+
+    folder: Path
+    spec: Any
+    name: str
+    resources: Resources
+    cache: tuple[str, ...]
+
+
+class Backend(AbstractBackend):
+    """One run() for all targets."""
+
+    name: ClassVar[str]
+
+    def run(
+        self,
+        project_uri: str,
+        entry_point: str,
+        params: Mapping[str, str] | None,
+        version: str | None,
+        backend_config: Mapping[str, Any],
+        tracking_uri: str,
+        experiment_id: str,
+    ) -> JobRun:
+        """Send the entry point as a job and, unless the configuration says `detach`, follow it to its end.
+
+        Raises:
+            ConfigError: bad input; nothing was started and no run exists.
+            ExecutionException: the job failed, or could not be sent; its run has ended and says why.
+        """
+        folder = Path(fetch_and_validate_project(project_uri, version, entry_point, params))
+        project = _read(folder, entry_point)
+        config = _with_paths(parse(self.name, backend_config), project)
+        target = make_target(config)
+        target.check()
+        client = MlflowClient(tracking_uri)
+        environment = job_environment(config, tracking_uri, _artifact_root(client, experiment_id), os.environ)
+        with tempfile.TemporaryDirectory(prefix="mlproject-") as temporary:
+            package = pack(folder, Path(temporary))
+            command = job_command(project.spec.get_entry_point(entry_point), params or {}, folder, package.files)
+            run = get_or_create_run(None, project_uri, experiment_id, str(folder), version, entry_point, params)
+            try:
+                submitted = self._submit(
+                    config, target, project, entry_point, command, environment, package, client, run
+                )
+            except BaseException as error:
+                _end_unsent(client, run.info.run_id, error)
+                raise
+        return submitted if config.detach else _follow(submitted)
+
+    def _submit(
+        self,
+        config: Config,
+        target: Target,
+        project: _Project,
+        entry_point: str,
+        command: Command,
+        environment: Environment,
+        package: CodePackage,
+        client: MlflowClient,
+        run: Any,
+    ) -> JobRun:
+        run_id = run.info.run_id
+        tags = {TAG_BACKEND: self.name, MLFLOW_PROJECT_BACKEND: self.name, MLFLOW_PROJECT_ENV: "docker"}
+        if name := alias.run_name.get():
+            tags[MLFLOW_RUN_NAME] = name
+        for key, value in {**tags, "mlproject.code_sha256": package.sha256}.items():
+            client.set_tag(run_id, key, value)
+        tell(f"run {run_id}")
+        env_type = str(project.spec.env_type)
+        env_file = Path(project.spec.env_config_path) if project.spec.env_config_path else None
+        image = environment_image(project.folder, env_file, env_type, config, tell, self.name == KUBERNETES)
+        client.set_tag(run_id, "mlproject.image", image)
+        client.log_artifact(run_id, str(package.path), CODE_ARTIFACT)
+        experiment = client.get_experiment(run.info.experiment_id)
+        job = Job(
+            name=job_name(project.name, entry_point),
+            run_id=run_id,
+            labels=_labels(run_id, experiment, project.name, entry_point),
+            image=image,
+            argv=("python", "-c", resources.files("mlproject_backends").joinpath("inside.py").read_text()),
+            env={**environment.env, **_instructions(run, project, command, package)},
+            secrets=environment.secrets,
+            resources=config.resources(project.resources),
+            mounts=environment.mounts,
+            cache=bool(project.cache),
+        )
+        submitted = target.submit(job)
+        for key, value in submitted.tags.items():
+            client.set_tag(run_id, key, value)
+        return JobRun(run_id, submitted, client)
+
+
+class DockerBackend(Backend):
+    """`mlflow run --backend docker`."""
+
+    name = DOCKER
+
+
+class KubernetesBackend(Backend):
+    """`mlflow run --backend kubernetes`, by way of alias.py."""
+
+    name = KUBERNETES
+
+
+def job_name(project: str, entry_point: str) -> str:
+    """A DNS label of at most 50 characters, so that pods and services have room for more, and no two alike."""
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{project}-{entry_point}".lower()).strip("-")[:41].rstrip("-")
+    return (
+        f"{stem or 'job'}-{secrets.token_hex(4)}" if stem[:1].isalpha() else f"job-{stem[:37]}-{secrets.token_hex(4)}"
+    )
+
+
+def _read(folder: Path, entry_point: str) -> _Project:
+    spec = load_project(str(folder))
+    path = _find_mlproject(str(folder))
+    raw = yaml.safe_load(Path(path).read_text()) if path else {}
+    declared = ((raw.get("entry_points") or {}).get(entry_point) or {}).get("resources")
+    cache = raw.get("cache") or []
+    if not isinstance(cache, list) or not all(
+        isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name in cache
+    ):
+        raise ConfigError(f"'cache' in the MLproject is {cache!r}; allowed: a list of folders inside the project")
+    name = spec.name or folder.name or "project"
+    return _Project(folder, spec, name, declared_resources(entry_point, declared), tuple(cache))
+
+
+def _with_paths(config: Config, project: _Project) -> Config:
+    """The template found beside the caller or else in the project, and a docker_env project's own image."""
+    if template := config.kube_job_template_path:
+        found = next((path for path in (Path(template), project.folder / template) if path.is_file()), None)
+        if found is None:
+            raise ConfigError(
+                f"'kube-job-template-path' is {template!r}, and there is no such file here or in the project"
+            )
+        config = replace(config, kube_job_template_path=str(found))
+    if project.spec.docker_env and not config.image:
+        config = replace(config, image=project.spec.docker_env["image"])
+    return config
+
+
+def _artifact_root(client: MlflowClient, experiment_id: str) -> str:
+    experiment: Experiment = client.get_experiment(experiment_id)
+    return str(experiment.artifact_location)
+
+
+def _labels(run_id: str, experiment: Experiment, project: str, entry_point: str) -> dict[str, str]:
+    """Label values as Kubernetes allows them: 63 characters, letters, digits, and -_. within."""
+
+    def value(text: str) -> str:
+        return re.sub(r"[^A-Za-z0-9]+$|^[^A-Za-z0-9]+", "", re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:63])
+
+    labels = {"run-id": run_id, "experiment": experiment.name, "project": project, "entry-point": entry_point}
+    return {name: value(text) for name, text in labels.items()}
+
+
+def _instructions(run: Any, project: _Project, command: Command, package: CodePackage) -> dict[str, str]:
+    """What inside.py reads."""
+    values = {
+        "MLFLOW_RUN_ID": run.info.run_id,
+        "MLFLOW_EXPERIMENT_ID": run.info.experiment_id,
+        "MLPROJECT_NAME": re.sub(r"[^A-Za-z0-9_.-]+", "-", project.name),
+        "MLPROJECT_COMMAND": command.line,
+        "MLPROJECT_CODE": f"{CODE_ARTIFACT}/{package.path.name}",
+        "MLPROJECT_CODE_SHA256": package.sha256,
+    }
+    if command.downloads:
+        values["MLPROJECT_DOWNLOADS"] = json.dumps(command.downloads)
+    if project.cache:
+        values["MLPROJECT_CACHE"] = json.dumps(project.cache)
+    return {**values, **_git_state(project.folder)}
+
+
+def _git_state(folder: Path) -> dict[str, str]:
+    """The commit and whether files differ from it: the job has no .git to ask."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"MLPROJECT_GIT_COMMIT": commit, "MLPROJECT_GIT_DIRTY": "true" if changes else "false"}
+
+
+def _end_unsent(client: MlflowClient, run_id: str, error: BaseException) -> None:
+    """End a run that never became a job; the reason that counts is `error`, which goes on to the user."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    reason = "stopped by Ctrl-C before the job was sent" if interrupted else f"the job was not sent: {_message(error)}"
+    client.set_tag(run_id, TAG_REASON, reason[:5000])
+    client.set_terminated(run_id, "KILLED" if interrupted else "FAILED")
+
+
+def _message(error: BaseException) -> str:
+    return getattr(error, "message", None) or str(error) or type(error).__name__
+
+
+def _follow(submitted: JobRun) -> JobRun:
+    state = submitted.follow()
+    if state.status != "FINISHED":
+        raise ExecutionException(f"Run (ID '{submitted.run_id}') {state.status.lower()}: {state.reason}")
+    tell(f"finished: {state.reason}")
+    return submitted
