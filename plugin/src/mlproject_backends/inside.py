@@ -145,6 +145,7 @@ def fetch_code(run):
     """Download the code package and check its hash; its local path."""
     from mlflow.artifacts import download_artifacts
 
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # for one small file; the command has it again
     artifact, expected = os.environ.pop("MLPROJECT_CODE"), os.environ.pop("MLPROJECT_CODE_SHA256")
     try:
         path = download_artifacts(run_id=run.info.run_id, artifact_path=artifact, dst_path="/tmp/mlproject")
@@ -153,6 +154,7 @@ def fetch_code(run):
             f"the job cannot read its code from {without_password(run.info.artifact_uri)} ({first_line(error)}); "
             "check the artifact store's address and credentials"
         ) from None
+    os.environ.pop("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR")
     with Path(path).open("rb") as file:
         received = hashlib.file_digest(file, "sha256").hexdigest()
     if received != expected:

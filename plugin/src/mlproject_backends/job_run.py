@@ -7,6 +7,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,13 @@ from mlflow.projects import SubmittedRun
 
 from mlproject_backends import JobError
 from mlproject_backends.config import DOCKER, KUBERNETES, Config
+from mlproject_backends.inside import CANNOT_START, TIMED_OUT
 from mlproject_backends.job import Output, State, Submitted, Target, Tell
 
 TAG_BACKEND, TAG_REASON, TAG_EXIT_CODE = "mlproject.backend", "mlproject.reason", "mlproject.exit_code"
 TAG_CANCELLED = "mlproject.cancelled"  # set before the job is stopped: whoever sees it end first knows why
 LOG = "job.log"
+ERROR = "mlproject: error: "  # how inside.py begins a line that says why
 
 TARGETS = {
     DOCKER: "mlproject_backends.docker:DockerTarget",
@@ -93,11 +97,11 @@ class JobRun(SubmittedRun):
         if self._ended:
             return self._ended
         state = self._submitted.state()
-        if state.ended:
-            with _Log(self._client, self._run_id) as log:
-                self._submitted.logs(log.write)
-            return self._settle(state)
-        return state
+        if not state.ended:
+            return state
+        with _Log(self._client, self._run_id) as log:
+            self._submitted.logs(log.write)
+        return self._settle(log.explain(state))
 
     def follow(self, stop_on_interrupt: bool = True, tell: Tell = tell, show: Output = show) -> State:
         """Report progress and output until the job has ended, then end the run. Ctrl-C stops the job as well.
@@ -110,14 +114,14 @@ class JobRun(SubmittedRun):
             watching = _Watch(self._submitted, log.both(tell, "mlproject: "), log.both(show))
             interrupted = False
             try:
-                watching.wait()
+                state = watching.wait()
             except KeyboardInterrupt:
                 if not stop_on_interrupt:
                     raise
                 interrupted = True
                 tell("stopping the job; press Ctrl-C again to leave it to itself")
-                self._stop("stopped by Ctrl-C", watching)
-        state = self._settle(watching.state)
+                state = self._stop("stopped by Ctrl-C", watching)
+        state = self._settle(log.explain(state))
         if interrupted:
             raise KeyboardInterrupt
         return state
@@ -147,13 +151,13 @@ class JobRun(SubmittedRun):
             return
         with _Log(self._client, self._run_id) as log:
             watching = _Watch(self._submitted, log.write, log.write)
-            self._stop(f"cancelled by {getpass.getuser()}", watching)
-        self._settle(watching.state)
+            state = self._stop(f"cancelled by {getpass.getuser()}", watching)
+        self._settle(state)
 
-    def _stop(self, reason: str, watching: _Watch) -> None:
+    def _stop(self, reason: str, watching: _Watch) -> State:
         self._client.set_tag(self._run_id, TAG_CANCELLED, reason)
         self._submitted.cancel()
-        watching.wait()
+        return watching.wait()
 
     def _settle(self, state: State) -> State:
         """End the run as the job ended. A status that the script itself gave to a job that went well stays."""
@@ -178,28 +182,21 @@ class _Watch:
     """Submitted.watch() in a thread."""
 
     def __init__(self, submitted: Submitted, tell: Tell, output: Output):
-        self._result: State | BaseException | None = None
+        self._result: Future[State] = Future()
 
         def watch() -> None:
             try:
-                self._result = submitted.watch(tell, output)
+                self._result.set_result(submitted.watch(tell, output))
             except BaseException as error:  # goes on in the thread that waits
-                self._result = error
+                self._result.set_exception(error)
 
-        self._thread = threading.Thread(target=watch, daemon=True)
-        self._thread.start()
+        threading.Thread(target=watch, daemon=True).start()
 
-    def wait(self) -> None:
-        """Until the job has ended; a signal gets through at any time."""
-        while self._thread.is_alive():
-            self._thread.join(timeout=0.2)
-        if isinstance(self._result, BaseException):
-            raise self._result
-
-    @property
-    def state(self) -> State:
-        assert isinstance(self._result, State)
-        return self._result
+    def wait(self) -> State:
+        """The state that the job ended in, once it has; a signal gets through at any time."""
+        while not self._result.done():
+            wait([self._result], timeout=0.2)
+        return self._result.result()
 
 
 class _Log:
@@ -209,6 +206,7 @@ class _Log:
         self._client, self._run_id = client, run_id
         self._lock = threading.Lock()
         self._broken = False
+        self._error = ""
 
     def __enter__(self) -> _Log:
         self._folder = tempfile.TemporaryDirectory(prefix="mlproject-")
@@ -218,6 +216,7 @@ class _Log:
 
     def write(self, line: str) -> None:
         with self._lock:
+            self._error = line.partition(ERROR)[2] or self._error
             if self._broken:
                 return
             try:
@@ -225,6 +224,12 @@ class _Log:
             except OSError as error:
                 self._broken = True
                 tell(f"the log is no longer kept on this machine ({error.strerror}); the job goes on")
+
+    def explain(self, state: State) -> State:
+        """The state with what the job itself said where its command could not be started or was given up."""
+        if state.exit_code in (CANNOT_START, TIMED_OUT) and self._error:
+            return replace(state, reason=self._error)
+        return state
 
     def both(self, sink: Callable[[str], None], prefix: str = "") -> Callable[[str], None]:
         """A function that gives a line to `sink` and to the file."""
