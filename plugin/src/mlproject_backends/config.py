@@ -39,6 +39,7 @@ class Config:
     shm: int | None = None
     cache_volume: str | None = None
     timeout_s: int | None = None
+    docker_auth: Mapping[str, str] | None = field(default=None, repr=False)  # as mlflow.projects.run() takes it
     # Kubernetes alone
     kube_context: str | None = None
     kube_job_template_path: str | None = None
@@ -178,7 +179,7 @@ def parse(backend: str, received: Mapping[str, Any]) -> Config:
             raise ConfigError(_unknown(f"argument -A {name}", name, [*_RESOURCE_KEYS, *_DOCKER_NAMES]))
         values[key] = _PARSERS[key](value, f"-A {name}")
     values["build_image"] = bool(values.get("build_image") or received.get("build_image"))
-    return Config(backend=backend, **values)
+    return Config(backend=backend, docker_auth=received.get("docker_auth"), **values)
 
 
 def declared_resources(entry_point: str, declared: object) -> Resources:

@@ -88,7 +88,7 @@ class DockerTarget:
 
     def submit(self, job: Job) -> SubmittedContainer:
         """Create and start the container; nothing is left of it where that fails (JobError)."""
-        client, body = connect(), self.render(job)
+        client, body = connect(self._config.docker_auth), self.render(job)
         name = body.pop("Name")
         with engine_errors(f"the container {name}"):
             engine = client.info()["ID"]
