@@ -26,6 +26,7 @@ from mlproject_backends import ConfigError, JobError, engine
 from mlproject_backends.config import Config
 from mlproject_backends.job import Tell
 
+JOB_STORES = ("sqlalchemy", "alembic", "boto3")  # what mlflow-skinny lacks for a database and for S3 artifacts
 BASE_IMAGE = "python:{}-slim-bookworm"
 
 
@@ -189,7 +190,7 @@ def _requirements(project_dir: Path, environment: Any) -> dict[str, tuple[bool, 
     referred = dict(_referred(project_dir, "\n".join(lines)))
     texts = ["\n".join(lines), *(content.decode() for _, content in referred.values())]
     if not any(re.search(r"^\s*mlflow([-_.]skinny)?\s*($|[\[=<>!~;@#])", text, re.I | re.M) for text in texts):
-        lines.append(f"mlflow-skinny=={mlflow.__version__}")  # a job logs to the tracking server
+        lines += [f"mlflow-skinny=={mlflow.__version__}", *JOB_STORES]  # a job logs to the tracking server
     return {
         **referred,
         "mlproject-build.txt": (False, "\n".join(environment.build_dependencies or ["pip"]).encode()),

@@ -104,12 +104,12 @@ def connect(tracking_uri):
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise CannotStart(f"the image has no MLflow ({error}); install mlflow or mlflow-skinny in it") from None
-    client = MlflowClient()
     try:
+        client = MlflowClient()
         return client, client.get_run(os.environ["MLFLOW_RUN_ID"])
     except MlflowException as error:
         code, text = getattr(error, "get_http_status_code", lambda: 0)(), first_line(error)
-        advice = "check 'tracking-uri'"
+        advice = "check 'tracking-uri'; a database needs mlflow or mlflow-skinny with sqlalchemy and alembic in the image"
         if code == 401 or "401" in text:
             advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         elif code == 403 or "403" in text:
