@@ -17,14 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import kubernetes
 import urllib3
-from kubernetes import client, config
 from kubernetes.config.config_exception import ConfigException
 
 from mlproject_backends import ConfigError, JobError, Unreachable, __version__
 
 CONNECT_S, ANSWER_S = 10, 30
 IN_CLUSTER = "in-cluster"
+client: Any = kubernetes.client  # not all of its functions have types
+config: Any = kubernetes.config
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 
@@ -107,22 +109,19 @@ class Cluster:
         with self._answer("GET", path, parameters) as answer:
             return answer.data.decode(errors="replace")
 
-    def lines(self, path: str, silence_s: float | None, **parameters: str) -> Iterator[str]:
+    def lines(
+        self, path: str, stop: threading.Event, silence_s: float | None = None, **parameters: str
+    ) -> Iterator[str]:
         """The lines of an answer that goes on, as they come.
 
-        Raises Unreachable when the connection breaks or nothing comes for `silence_s`; close_streams() ends it.
+        It ends when the server ends it, when the connection breaks, when nothing comes for `silence_s`, and with
+        close_streams() after `stop` was set.
         """
         with self._answer("GET", path, parameters, read_s=silence_s) as answer:
             with self._lock:
                 self._streams.add(answer)
             try:
-                rest = b""
-                for chunk in answer.stream(amt=None, decode_content=False):
-                    *complete, rest = (rest + chunk).split(b"\n")
-                    for line in complete:
-                        yield line.decode(errors="replace")
-                if rest:
-                    yield rest.decode(errors="replace")
+                yield from _lines(answer) if not stop.is_set() else ()
             finally:
                 with self._lock:
                     self._streams.discard(answer)
@@ -134,7 +133,7 @@ class Cluster:
                 sock = getattr(getattr(answer, "connection", None), "sock", None)
                 if sock:
                     with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own: another thread reads
 
     def close(self) -> None:
         self._api.rest_client.pool_manager.clear()
@@ -215,6 +214,19 @@ class Cluster:
                 status,
             )
         return Refused(f"the API server refused: {message}", status)
+
+
+def _lines(answer: urllib3.BaseHTTPResponse) -> Iterator[str]:
+    rest = b""
+    try:
+        for chunk in answer.stream(amt=None, decode_content=False):
+            *complete, rest = (rest + chunk).split(b"\n")
+            for line in complete:
+                yield line.decode(errors="replace")
+    except (urllib3.exceptions.HTTPError, OSError):
+        return
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _warning_text(header: str) -> str:

@@ -1,0 +1,215 @@
+"""One Job followed to its end: its progress told, its pods' output passed on, and given up when it cannot run."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mlproject_backends import JobError, Unreachable
+from mlproject_backends.cluster import Cluster, Refused
+from mlproject_backends.config import Config
+from mlproject_backends.following import Connection, Inbox, PodLog, Watcher
+from mlproject_backends.job import Output, State, Tell
+from mlproject_backends.manifests import JOB_NAME, MAIN
+from mlproject_backends.status import (
+    Patience,
+    gone,
+    has_log,
+    kubernetes_obstacle,
+    kubernetes_state,
+    main_state,
+    pod_progress,
+    rank,
+    retry_progress,
+)
+
+BRIEF_S = 10
+DRAIN_S = 60  # for the last words of pods that are being stopped: Kubernetes gives them 30 s
+AT_ONCE = 10_000  # lines that may wait to be shown
+
+
+class JobWatch:
+    """Used once, by one thread: all that the threads find out is handled in run()."""
+
+    def __init__(
+        self, cluster: Cluster, name: str, config: Config, cancelled: Callable[[], bool], tell: Tell, output: Output
+    ):
+        self._cluster, self._name, self._cancelled = cluster, name, cancelled
+        self._tell, self._output = tell, output
+        self._limits = {
+            Patience.NONE: (0, ""),
+            Patience.BRIEF: (BRIEF_S, ""),
+            Patience.IMAGE: (config.image_timeout_s, "image-timeout-s"),
+            Patience.PENDING: (config.pending_timeout_s, "pending-timeout-s"),
+        }
+        self._inbox: Inbox = queue.Queue(AT_ONCE)
+        self._connection = Connection(self._inbox, tell, self._fail)
+        self._job: dict[str, Any] | None = None
+        self._pods: dict[str, dict[str, Any]] = {}  # also those that are gone, as they were last
+        self._events: dict[str, dict[str, Any]] = {}  # the latest last
+        self._logs: dict[str, PodLog] = {}
+        self._state: State | None = None  # once it has ended
+        self._failure: Exception | None = None
+        self._blocked: tuple[Patience, float] | None = None  # what by, since when
+        self._told: set[tuple[str, str]] = set()
+
+    def run(self) -> State:
+        """Follow the Job until it has ended and all its output was passed on."""
+        job, pods = f"metadata.name={self._name}", f"{JOB_NAME}={self._name}"
+        watchers = [
+            self._watcher("jobs", {"fieldSelector": job}, self._jobs_listed, self._job_changed, self._fail),
+            self._watcher("pods", {"labelSelector": pods}, self._pods_listed, self._pod_changed, self._told_less),
+            self._watcher(
+                "events",
+                {"fieldSelector": f"involvedObject.name={self._name}"},
+                self._events_listed,
+                self._event_changed,
+                self._told_less,
+                watch_all=True,  # of all pods, whose names are not known yet
+            ),
+        ]
+        for watcher in watchers:
+            watcher.start()
+        try:
+            while self._state is None:
+                self._handle_next(self._time_left())
+                self._give_up_in_time()
+            self._drain()
+            return self._state
+        finally:
+            self._connection.stopped.set()
+            self._cluster.close_streams()
+            for thread in (*watchers, *self._logs.values()):
+                thread.join(timeout=1)
+
+    def _watcher(self, *arguments: Any, **options: Any) -> Watcher:
+        return Watcher(self._cluster, self._connection, *arguments, **options)
+
+    def _handle_next(self, timeout_s: float | None) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._inbox.get(timeout=timeout_s)()
+        if self._failure:
+            raise self._failure
+
+    # What the watchers found
+
+    def _jobs_listed(self, jobs: list[dict[str, Any]]) -> None:
+        if jobs:
+            self._job_changed("MODIFIED", jobs[0])
+        else:
+            self._end(State("KILLED", "cancelled") if self._cancelled() else gone(self._name))
+
+    def _job_changed(self, kind: str, job: dict[str, Any]) -> None:
+        self._job = job
+        self._look()
+        if kind == "DELETED" and self._cancelled():
+            self._end(State("KILLED", "cancelled"))
+        elif kind == "DELETED":
+            self._end(State("FAILED", f"someone deleted the Job {self._name} before it ended"))
+
+    def _pods_listed(self, pods: list[dict[str, Any]]) -> None:
+        there = {pod["metadata"]["name"] for pod in pods}
+        for name in self._pods.keys() - there:
+            self._pod_changed("DELETED", self._pods[name])
+        for pod in pods:
+            self._pod_changed("MODIFIED", pod)
+
+    def _pod_changed(self, kind: str, pod: dict[str, Any]) -> None:
+        name = pod["metadata"]["name"]
+        self._pods[name] = pod
+        if has_log(pod) and name not in self._logs:
+            prefix = "" if rank(pod) is None else f"[{rank(pod)}] "
+            show = partial(self._show, prefix)
+            self._logs[name] = PodLog(self._cluster, self._connection, name, MAIN, show, self._tell)
+            self._logs[name].start()
+        if name in self._logs and (kind == "DELETED" or main_state(pod, "terminated")):
+            self._logs[name].ended.set()
+        self._look()
+
+    def _events_listed(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self._event_changed("MODIFIED", event)
+
+    def _event_changed(self, kind: str, event: dict[str, Any]) -> None:
+        about = event["involvedObject"].get("name", "")
+        if kind != "DELETED" and (about == self._name or about in self._pods or about.startswith(f"{self._name}-")):
+            self._events.pop(event["metadata"]["name"], None)
+            self._events[event["metadata"]["name"]] = event
+            self._look()
+
+    def _told_less(self, error: Refused) -> None:
+        self._tell(f"not everything can be shown: {error}")
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+
+    def _show(self, prefix: str, line: str) -> None:
+        self._output(prefix + line)
+
+    # What it means
+
+    def _look(self) -> None:
+        """See whether the Job has ended, and tell what is new."""
+        if self._job is None or self._state:
+            return
+        pods, events = list(self._pods.values()), list(self._events.values())
+        state = kubernetes_state(self._job, pods, events)
+        if state.ended:
+            self._end(state)
+            return
+        obstacle = kubernetes_obstacle(self._job, pods, events)
+        if obstacle is None:
+            self._blocked = None
+        elif not self._blocked or self._blocked[0] is not obstacle.patience:
+            self._blocked = (obstacle.patience, time.monotonic())
+        if obstacle and obstacle.patience is not Patience.NONE:
+            self._tell_once("", obstacle.reason)
+        if self._job["spec"].get("suspend"):
+            self._tell_once("", state.reason)
+        for name, sentence in retry_progress(self._job, pods).items():
+            self._tell_once(f"{name} failed", sentence)
+        for name, pod in self._pods.items():
+            if progress := pod_progress(pod, events):
+                self._tell_once(name, progress if rank(pod) is None else f"rank {rank(pod)}: {progress}")
+
+    def _tell_once(self, about: str, sentence: str) -> None:
+        if (about, sentence) not in self._told:
+            self._told.add((about, sentence))
+            self._tell(sentence)
+
+    def _end(self, state: State) -> None:
+        if self._state is None:
+            self._state = state
+
+    def _time_left(self) -> float | None:
+        if not self._blocked:
+            return None
+        patience, since = self._blocked
+        return max(0.0, since + self._limits[patience][0] - time.monotonic())
+
+    def _give_up_in_time(self) -> None:
+        """Delete a Job that something keeps from running for too long: by itself it would wait for ever."""
+        if self._state or not self._blocked or self._time_left() or self._job is None:
+            return
+        obstacle = kubernetes_obstacle(self._job, list(self._pods.values()), list(self._events.values()))
+        limit_s, option = self._limits[self._blocked[0]]
+        reason = obstacle.reason if obstacle else "it cannot run"
+        self._end(State("FAILED", f"{reason}; given up after {limit_s} s ({option})" if option else reason))
+        with contextlib.suppress(JobError):  # it has failed in any case, and says why
+            self._cluster.delete(self._cluster.path("jobs", self._name), propagationPolicy="Background")
+
+    def _drain(self) -> None:
+        """Wait until all pods' output was passed on."""
+        deadline = time.monotonic() + DRAIN_S
+        with contextlib.suppress(Unreachable, Refused):  # pods that the watch has not shown yet
+            pods = self._cluster.get(self._cluster.path("pods"), labelSelector=f"{JOB_NAME}={self._name}")
+            self._pods_listed(pods["items"])
+        while any(log.is_alive() for log in self._logs.values()) or not self._inbox.empty():
+            if time.monotonic() > deadline:
+                self._tell("the job's output may not be complete: its pods did not end in time")
+                break
+            self._handle_next(0.1)
