@@ -24,8 +24,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlproj
 class Daemon:
     """A Docker engine of its own: its images and containers lie in `folder`, and nothing else uses it."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, wrapper: tuple[str, ...] = ()):
         self.folder = folder
+        self._wrapper = wrapper
         self.host = f"unix://{folder}/docker.sock"
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,7 +34,7 @@ class Daemon:
     def start(self, *options: str) -> None:
         """Start it and wait until it answers; `options` go to dockerd this time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = ["dockerd", "--host", self.host, "--pidfile", f"{self.folder}/dockerd.pid"]
+        command = [*self._wrapper, "dockerd", "--host", self.host, "--pidfile", f"{self.folder}/dockerd.pid"]
         command += ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
         with (self.folder / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -59,12 +60,12 @@ class Daemon:
             self._process = None
 
 
-def _daemon(folder: Path, *options: str) -> Daemon:
+def _daemon(folder: Path, *options: str, wrapper: tuple[str, ...] = ()) -> Daemon:
     from conftest import missing
 
     if os.getuid() != 0 or not shutil.which("dockerd"):
         missing("only root can start a Docker engine, and only where dockerd is installed (Debian: docker.io)")
-    return Daemon(folder, *options)
+    return Daemon(folder, *options, wrapper=wrapper)
 
 
 @pytest.fixture(scope="session")
@@ -113,10 +114,13 @@ def job_image(engine: Any, base_image: str, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def private_engine(engine: Any, base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A second engine that has the base image and may be stopped and started; it has no networks but `host`."""
+    """A second engine that has the base image and may be stopped and started.
+
+    It has a network namespace to itself: an engine with `--bridge=none` would remove the first one's bridge.
+    """
     folder = tmp_path_factory.mktemp("engine")
-    options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--containerd-namespace=mlproject-tests"]
-    daemon = _daemon(folder, *options, "--containerd-plugins-namespace=mlproject-tests-plugins")
+    options = ["--containerd-namespace=mlproject-tests", "--containerd-plugins-namespace=mlproject-tests-plugins"]
+    daemon = _daemon(folder, *options, wrapper=("unshare", "--net"))
     daemon.start()
     with closing(daemon.client()) as client:
         client.load_image(engine.get_image(base_image))
