@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --hel
     import torch
 
     from data_loader.dataset import Dataset
+    from models.optimisation import Optimizer
     from models.training import TrainingState
     from utils.compute import Compute
     from utils.tracking import Run
@@ -160,9 +161,7 @@ def log_conditions(run: Run, data: Dataset, compute: Compute) -> None:
     run.params({"data_digest": data.digest, **profile, **used, **processes})
 
 
-def restore(
-    settings: Settings, run: Run, state: TrainingState, network: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(settings: Settings, run: Run, state: TrainingState, network: torch.nn.Module, optimizer: Optimizer) -> None:
     """Go on from this run's own checkpoint (a retry), else from that of the run `resume`, else from nothing."""
     from utils.artifacts import latest_checkpoint
 

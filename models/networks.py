@@ -111,13 +111,15 @@ def _average_over_processes(value: Tensor) -> Tensor:
     return _ProcessAverage.apply(value)  # type: ignore[no-any-return]
 
 
-def _conv_block(channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> nn.Sequential:
+def _conv_block(
+    channels_in: int, channels_out: int, *, kernel: int = 3, stride: int = 1, pool: bool = False
+) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; with `pool` at half the size.
 
     Pooling comes right after the convolution: it commutes with what follows, which then has a quarter of the work.
     """
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+        nn.Conv2d(channels_in, channels_out, kernel, stride=stride, padding=kernel // 2, bias=False),
         nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity(),
         BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
@@ -140,9 +142,11 @@ def _with_head(
 
 
 def _cnn(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
-    """Three convolutions: small and fast."""
+    """Three convolutions: small and fast. Of images that are large enough the first one looks at every second pixel."""
+    height, width, channels = image_shape
+    large = min(height, width) >= 24
     features = nn.Sequential(
-        _conv_block(image_shape[2], 16, pool=True),
+        _conv_block(channels, 16, kernel=5, stride=2) if large else _conv_block(channels, 16, pool=True),
         _conv_block(16, 32, pool=True),
         _conv_block(32, 64),
     )

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from models import ModelError, TrainingDiverged
 from models.checkpoint import NetworkSpec, load, save, spec_of, spec_state
+from models.optimisation import Optimizer
 
 T = TypeVar("T")
 
 
 def train_step(
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     images_NHWC: Tensor,
     labels_N: Tensor,
     *,
@@ -35,14 +36,11 @@ def train_step(
     `seed` (the training's seed, the step, the process) makes dropout draw the same masks when the step is taken again.
     """
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
     with torch.autocast(images_NHWC.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits_NK = network(images_NHWC)
     loss = nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
+    optimizer.step(learning_rate)
     with torch.no_grad():
         return torch.stack([loss.detach(), (logits_NK.argmax(1) == labels_N).float().mean()])
 
@@ -97,7 +95,7 @@ class TrainingState:
         if network is not None and epochs_without_progress(self.history) == 0:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
 
-    def save(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, path: Path, network: nn.Module, optimizer: Optimizer) -> None:
         """Write the state with the weights and the optimiser's moments, whole or not at all."""
         state = {
             "spec": spec_state(self.spec),
@@ -111,7 +109,7 @@ class TrainingState:
         }
         save(path, state)
 
-    def restore(self, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, path: Path, network: nn.Module, optimizer: Optimizer) -> None:
         """Go on from what `save` wrote; ModelError if it belongs to another training."""
         state = load(path)
         if "optimizer" not in state:

@@ -1,5 +1,7 @@
 """Networks, schedules and checkpoints against torch's own parts and formulas."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from models.networks import NETWORKS, BatchNorm2d, Normalise, build
 from models.optimisation import learning_rate_at, make_optimizer
 from models.training import train_step
 
+ROOT = Path(__file__).resolve().parent.parent
 SPEC = NetworkSpec("cnn", (8, 8, 1), ("a", "b", "c"), (30.0,), (60.0,), "digits", "0" * 64)
 
 
@@ -71,12 +74,46 @@ def test_schedules_are_those_of_torch(total: int, scheduler: str) -> None:
             reference.step()
 
 
-def test_biases_and_normalisation_are_not_decayed() -> None:
-    network = SPEC.build()
-    optimizer = make_optimizer("sgd", network, weight_decay=0.5)
-    decayed = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
-    for name, parameter in network.named_parameters():
-        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimisers_are_those_of_torch_and_decay_only_weights(name: str) -> None:
+    ours, theirs = SPEC.build(), SPEC.build()
+    theirs.load_state_dict(ours.state_dict())
+    mine = make_optimizer(name, ours, weight_decay=0.5)
+    decay = {2: 0.5, 4: 0.5, 1: 0.0}  # by the number of a parameter's axes: linear, convolution, all others
+    groups = [{"params": [parameter], "weight_decay": decay[parameter.ndim]} for parameter in theirs.parameters()]
+    reference = torch.optim.AdamW(groups) if name == "adamw" else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    images_NHWC = torch.randint(0, 256, (8, 8, 8, 1), dtype=torch.uint8)
+    for rate in (0.1, 0.02, 0.03):
+        ours(images_NHWC).square().sum().backward()
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert parameter.grad is not None
+            other.grad = parameter.grad.clone()
+        mine.step(rate)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(parameter, other)
+
+
+def test_training_does_not_import_torchs_compiler() -> None:
+    """It would double the time to the first step."""
+    code = """
+import sys, torch
+from models.networks import build
+from models.optimisation import make_optimizer
+from models.training import train_step
+from utils.compute import Compute, make_deterministic
+make_deterministic()
+network, compute = build("cnn", (8, 8, 1), 2, [0.0], [1.0]), Compute.pick("cpu", "auto")
+images_NHWC, labels_N = torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+for name in ("adamw", "sgd"):
+    train_step(network, make_optimizer(name, network, 0.1), images_NHWC, labels_N, learning_rate=0.1,
+               label_smoothing=0.1, precision=compute.precision, seed=(0, 0, 0))
+print(sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_golden_step() -> None:

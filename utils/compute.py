@@ -98,7 +98,7 @@ class Compute:
 def make_deterministic() -> None:
     """The same seed gives the same bits on the same machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS since CUDA 10.2
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms(True) would import torch's compiler
     torch.backends.cudnn.benchmark = False
 
 
@@ -118,5 +118,6 @@ def _pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
     else:
-        native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        able = torch.cpu.get_capabilities()
+        native = device.type == "cpu" and any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
     return "bf16" if native else "fp32"
