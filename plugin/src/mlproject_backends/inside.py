@@ -1,7 +1,7 @@
 """What runs first in a job's container: check the tracking server, fetch the code, run the command in it.
 
 This file is not imported there: its text is the job's `python -c` argument, because an image holds an environment and
-no plugin. It needs Python and MLflow (mlflow-skinny is enough) and reads what to do from variables that start with
+no plugin. It needs Python 3.8 and MLflow (mlflow-skinny is enough) and reads what to do from variables that start with
 MLPROJECT_. It ends with the command's own exit code, 128+n when signal n ended it, 124 past the time limit, and 78
 (EX_CONFIG) when the command could not be started; then one line that begins with `mlproject: error:` says why.
 """
@@ -109,7 +109,7 @@ def connect(tracking_uri):
         return client, client.get_run(os.environ["MLFLOW_RUN_ID"])
     except MlflowException as error:
         code, text = getattr(error, "get_http_status_code", lambda: 0)(), first_line(error)
-        advice = "check 'tracking-uri'; a database needs mlflow or mlflow-skinny with sqlalchemy and alembic in the image"
+        advice = "check 'tracking-uri'; a database needs sqlalchemy and alembic beside mlflow-skinny in the image"
         if code == 401 or "401" in text:
             advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         elif code == 403 or "403" in text:
@@ -155,8 +155,7 @@ def fetch_code(run):
             "check the artifact store's address and credentials"
         ) from None
     os.environ.pop("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR")
-    with Path(path).open("rb") as file:
-        received = hashlib.file_digest(file, "sha256").hexdigest()
+    received = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if received != expected:
         raise CannotStart(f"the code package has the hash {received}, not {expected}: someone changed it; run again")
     return path
@@ -164,7 +163,8 @@ def fetch_code(run):
 
 def unpack(path):
     with tarfile.open(path) as archive:
-        archive.extractall(CODE, filter="data")
+        # Its hash is the launcher's, so nothing in it was slipped in; older Pythons have no filter.
+        archive.extractall(CODE, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     Path(path).unlink()
 
 
