@@ -21,6 +21,11 @@ BASE_IMAGE = "python:3.11-slim-bookworm"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlproject-backends-tests"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Docker's SDK leaves a socket open that could not connect; one that was connected has an address more.
+    config.addinivalue_line("filterwarnings", r"ignore:unclosed <socket.socket fd=\d+, family=1, type=1, proto=0>")
+
+
 class Daemon:
     """A Docker engine of its own: its images and containers lie in `folder`, and nothing else uses it."""
 
@@ -58,6 +63,8 @@ class Daemon:
             self._process.send_signal(number)
             self._process.wait(timeout=60)
             self._process = None
+            # Killed, it takes its containerd along; the next one must not wait for that in vain.
+            (self.folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
 
 
 def _daemon(folder: Path, *options: str, wrapper: tuple[str, ...] = ()) -> Daemon:
@@ -126,6 +133,9 @@ def private_engine(engine: Any, base_image: str, tmp_path_factory: pytest.TempPa
         client.load_image(engine.get_image(base_image))
     yield daemon
     daemon.stop()
+    for mount in Path("/proc/self/mounts").read_text().splitlines():
+        if (path := mount.split()[1]).startswith(f"{folder}/"):  # an engine keeps its network namespaces mounted
+            subprocess.run(["umount", "--lazy", path], check=True)
     shutil.rmtree(folder)
 
 

@@ -26,7 +26,7 @@ _DROPPED = (OSError, urllib3.exceptions.HTTPError, struct.error, docker.errors.D
 
 ENVIRONMENT_LABEL = "mlproject.environment"  # on every image built here: `docker image prune --filter label=...`
 
-_STEP = re.compile(r"Step (?P<number>\d+)/(?P<of>\d+) : .*")
+_STEP = re.compile(r"Step (?P<number>\d+)/(?P<of>\d+) : (?P<what>.*)")
 _STEPS = "{desc}: {n_fmt}/{total_fmt} |{bar}| {postfix}"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -130,11 +130,11 @@ def _follow_build(events: Iterable[Mapping[str, Any]], tell: Tell) -> None:
                 raise JobError(_build_failure(step, list(said), event["error"]))
             for line in _ESCAPES.sub("", event.get("stream", "")).splitlines():
                 if found := _STEP.match(line):
-                    step = found[0]
+                    step = f"step {found['number']}/{found['of']} ({shorten(found['what'], 100, placeholder=' ...')})"
                     bar.total, bar.n = int(found["of"]), int(found["number"])
                     said.clear()
                     if bar.disable:
-                        tell(shorten(line, 150, placeholder=" ..."))
+                        tell(f"building: {step}")
                 elif line.strip():
                     said.append(line.strip())
                 bar.set_postfix_str(line.strip()[:60])
@@ -147,7 +147,7 @@ def _build_failure(step: str, said: list[str], error: str) -> str:
     if code := re.search(r"returned a non-zero code: (\d+)", error):  # then the command's own words say more
         words = [line for line in said if "error" in line.lower()] or [line for line in said if "--->" not in line]
         why = "; ".join([f"exit code {code[1]}", *(shorten(line, 200, placeholder=" ...") for line in words[-2:])])
-    return f"the environment image could not be built: {shorten(step, 100, placeholder=' ...')}: {why}"
+    return f"the environment image could not be built: {step + ': ' if step else ''}{' '.join(why.split())}"
 
 
 def _follow_layers(events: Iterable[Mapping[str, Any]], refused: str) -> None:

@@ -39,8 +39,9 @@ def _docker_failure(code: int, out_of_memory: bool, inspect: Mapping[str, Any]) 
     env = dict(variable.split("=", 1) for variable in inspect["Config"]["Env"] or ())
     limit = inspect["HostConfig"]["Memory"]
     if out_of_memory:
-        killed = f"at its limit of {limit / 2**20:g} MiB" if limit else "because the machine had none left"
-        return f"out of memory (OOMKilled): the job was killed {killed}; ask for more with `memory`"
+        who = "the job" if code == 137 else f"one of its processes (then exit code {code})"
+        where = f"at its limit of {limit / 2**20:g} MiB" if limit else "because the machine had none left"
+        return f"out of memory (OOMKilled): {who} was killed {where}; ask for more with `memory`"
     if code == 124 and "MLPROJECT_TIMEOUT_S" in env:
         return f"stopped at its time limit of {env['MLPROJECT_TIMEOUT_S']} s"
     return exit_reason(code)
