@@ -54,6 +54,7 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 	@$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.lock
+.venv/installed-dev: .venv/installed requirements-dev.lock plugin/pyproject.toml
 	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
+	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable ./plugin
 	@touch $@

@@ -22,7 +22,10 @@ CONDA_LOCK = "conda-lock==4.0.3"
 
 
 def compile_lock(folder: Path, source: str, arguments: list[str]) -> None:
-    """Turn folder/source.in into folder/source.lock, one list for all platforms and Pythons from 3.11 on."""
+    """Turn folder/source.in, and more inputs among `arguments`, into folder/source.lock.
+
+    It is one list for all platforms and Pythons from 3.11 on.
+    """
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--fork-strategy", "fewest"]
     command += ["--python-version", PYTHON, "--generate-hashes"]
     command += ["--no-emit-index-url", "--no-annotate", "--no-header"]
@@ -82,7 +85,7 @@ def main(arguments: list[str]) -> int:
             shutil.copy(path, folder)
         try:
             compile_lock(folder, "requirements", arguments)
-            compile_lock(folder, "requirements-dev", arguments)
+            compile_lock(folder, "requirements-dev", [str(ROOT / "plugin/pyproject.toml"), *arguments])
         except subprocess.CalledProcessError:  # uv has said why
             print("error: the locks could not be made, and no file was changed", file=sys.stderr)
             return 1

@@ -36,14 +36,18 @@ class InProcessTarget:
 
     def submit(self, job: Job) -> "Process":
         folder = Path(tempfile.mkdtemp(prefix="mlproject-in-process-"))
+
         # Each job of a container has /tmp to itself; here the folder takes its place.
-        moved = [text.replace("/tmp/mlproject", str(folder)).replace('"/cache"', repr(str(folder / "cache"))) for text in job.argv]
-        env = {name: text.replace("/tmp/mlproject", str(folder)) for name, text in job.env.items()}
+        def moved(text: str) -> str:
+            return text.replace("/tmp/mlproject", str(folder)).replace('"/cache"', repr(str(folder / "cache")))
+
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {name: moved(text) for name, text in job.env.items()}
         log = folder / "output"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *moved[1:]],
-                env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder), **env, **job.secrets},
+                [sys.executable, *map(moved, job.argv[1:])],
+                env={"PATH": path, "HOME": str(folder), **env, **job.secrets},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

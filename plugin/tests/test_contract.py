@@ -8,12 +8,12 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.exceptions import ExecutionException
-from venues import PROJECT, Venue, wait_for, wait_for_line
 
 from mlproject_backends import ConfigError, JobError
 from mlproject_backends.job_run import JobRun
+from venues import PROJECT, Venue, wait_for, wait_for_line
 
-VENUES = ["in_process", pytest.param("docker", marks=pytest.mark.slow), pytest.param("kubernetes", marks=pytest.mark.slow)]
+VENUES = ["in_process", *(pytest.param(name, marks=pytest.mark.slow) for name in ("docker", "kubernetes"))]
 
 
 @pytest.fixture(params=VENUES)
@@ -27,9 +27,9 @@ def digest(value: str) -> str:
 
 
 def test_the_command_means_what_it_means_in_a_local_shell(venue: Venue, capfd: pytest.CaptureFixture[str]) -> None:
-    done = venue.run(who="O'Neil & \"friends\" $HOME")
+    done = venue.run(who='O\'Neil & "friends" $HOME')
     printed = capfd.readouterr().out.splitlines()
-    expected = ["hello  two spaces O'Neil & \"friends\" $HOME", "c", "b", "a", "to stderr"]
+    expected = ['hello  two spaces O\'Neil & "friends" $HOME', "c", "b", "a", "to stderr"]
     assert [line for line in printed if line in expected] == expected
     run = venue.client.get_run(done.run_id)
     assert run.info.status == "FINISHED"

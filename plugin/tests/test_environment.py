@@ -86,7 +86,9 @@ def test_a_store_that_no_pod_can_reach_is_refused_with_advice(uri: str, artifact
 
 def test_another_address_of_the_server_may_be_named() -> None:
     local = "http://localhost:5000"
-    by_variable = job_environment(Config(KUBERNETES), local, "s3://b/0", {"KUBE_MLFLOW_TRACKING_URI": "http://10.0.0.5"})
+    by_variable = job_environment(
+        Config(KUBERNETES), local, "s3://b/0", {"KUBE_MLFLOW_TRACKING_URI": "http://10.0.0.5"}
+    )
     assert by_variable.env["MLFLOW_TRACKING_URI"] == "http://10.0.0.5"
     by_key = job_environment(Config(DOCKER, tracking_uri="http://10.0.0.6"), local, "mlflow-artifacts:/0", {})
     assert by_key.env["MLFLOW_TRACKING_URI"] == "http://10.0.0.6"

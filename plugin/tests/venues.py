@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import in_process
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.projects.backend import loader
 
+import in_process
 from mlproject_backends import job_run
 from mlproject_backends.job_run import JobRun
 

@@ -21,7 +21,7 @@ class ConfigError(click.ClickException):
     exit_code = 2
 
 
-class JobError(ExecutionException):  # type: ignore[misc]
+class JobError(ExecutionException):
     """The job could not be made, sent or found."""
 
 

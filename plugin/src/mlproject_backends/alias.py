@@ -106,9 +106,9 @@ def _end(runs: list[str], status: str, reason: str) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    """The error with the last lines of a failed program's output, which hold the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if len(lines) < 2 else f"{lines[0]} {' | '.join(lines[-3:])}"
+    """The error's first line and its last ones, which hold the cause where a program's output is quoted."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return "; ".join(lines if len(lines) < 4 else [lines[0], *lines[-2:]])
 
 
 def _install(projects: Any) -> None:

@@ -6,6 +6,8 @@ MLPROJECT_. It ends with the command's own exit code, 128+n when signal n ended 
 (EX_CONFIG) when the command could not be started; then one line that begins with `mlproject: error:` says why.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -21,6 +23,7 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
+from typing import Any, NoReturn
 
 CANNOT_START = 78
 TIMED_OUT = 124
@@ -34,8 +37,9 @@ class CannotStart(Exception):
     """The command cannot be started; the text is one line for the user."""
 
 
-def main():
-    command, child = os.environ.pop("MLPROJECT_COMMAND"), {}
+def main() -> int:
+    command = os.environ.pop("MLPROJECT_COMMAND")
+    child: dict[str, subprocess.Popen[bytes]] = {}
     signal.signal(signal.SIGTERM, lambda number, frame: stop(child, number))
     signal.signal(signal.SIGINT, lambda number, frame: stop(child, number))
     try:
@@ -46,21 +50,21 @@ def main():
     return run(command, child)
 
 
-def take_secrets(path):
+def take_secrets(path: str | None) -> None:
     """Set the variables that the file holds and remove it: they were kept out of the container's description."""
     if path:
         os.environ.update(json.loads(Path(path).read_text()))
         Path(path).unlink()
 
 
-def prepare():
+def prepare() -> None:
     """Fetch the code into CODE, after the server and the artifact store answered."""
     if not os.access(Path("~").expanduser(), os.W_OK):
         os.environ["HOME"] = "/tmp"  # an image's user has a home, the launcher's own uid has none there
     CODE.mkdir(parents=True, exist_ok=True)
     tracking_uri = os.environ["MLFLOW_TRACKING_URI"]
     wait_for(tracking_uri, "the tracking server", "name an address that the job can reach as 'tracking-uri'")
-    client, run = connect(tracking_uri)
+    client, run = connect()
     artifact_uri = run.info.artifact_uri
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     if artifact_uri.startswith("s3:") and endpoint:
@@ -74,7 +78,7 @@ def prepare():
         download(uri, path)
 
 
-def wait_for(uri, what, advice):
+def wait_for(uri: str, what: str, advice: str) -> None:
     """Wait until the host in `uri` takes a connection, for as long as a restart takes."""
     address = urllib.parse.urlsplit(uri)
     if address.scheme not in ("http", "https"):
@@ -97,7 +101,7 @@ def wait_for(uri, what, advice):
         time.sleep(1)
 
 
-def connect(tracking_uri):
+def connect() -> tuple[Any, Any]:
     """A client and the job's run."""
     try:
         from mlflow import MlflowClient
@@ -121,7 +125,7 @@ def connect(tracking_uri):
         ) from None
 
 
-def check_writable(client, run):
+def check_writable(client: Any, run: Any) -> None:
     """Prove that artifacts can be written, by one that says what the job runs in."""
     from importlib.metadata import distributions
 
@@ -141,7 +145,7 @@ def check_writable(client, run):
         ) from None
 
 
-def fetch_code(run):
+def fetch_code(run: Any) -> str:
     """Download the code package and check its hash; its local path."""
     from mlflow.artifacts import download_artifacts
 
@@ -161,14 +165,14 @@ def fetch_code(run):
     return path
 
 
-def unpack(path):
+def unpack(path: str) -> None:
     with tarfile.open(path) as archive:
-        # Its hash is the launcher's, so nothing in it was slipped in; older Pythons have no filter.
-        archive.extractall(CODE, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which older Pythons do not have
+        archive.extractall(CODE)
     Path(path).unlink()
 
 
-def keep_in_cache(folder):
+def keep_in_cache(folder: str) -> None:
     """Make the project's `folder` live in the cache volume, where there is one that this user may write to."""
     kept, link = CACHE / os.environ.get("MLPROJECT_NAME", "project") / folder, CODE / folder
     try:
@@ -185,7 +189,7 @@ def keep_in_cache(folder):
     link.symlink_to(kept)
 
 
-def download(uri, path):
+def download(uri: str, path: str) -> None:
     from mlflow.artifacts import download_artifacts
 
     try:
@@ -196,7 +200,7 @@ def download(uri, path):
         raise CannotStart(f"the job cannot download {without_password(uri)} ({first_line(error)})") from None
 
 
-def run(command, child):
+def run(command: str, child: dict[str, subprocess.Popen[bytes]]) -> int:
     """Run the command in the code's folder as the head of a process group of its own; its exit code."""
     limit_s = float(os.environ.pop("MLPROJECT_TIMEOUT_S", 0))
     shell = shutil.which("bash") or "sh"
@@ -212,13 +216,13 @@ def run(command, child):
     return code if code >= 0 else 128 - code
 
 
-def stop(child, number):
+def stop(child: dict[str, subprocess.Popen[bytes]], number: int) -> None:
     """Pass a signal on to the command and all its children, and kill what is left before the engine would."""
     process = child.get("process")
     if process is None:
         sys.exit(128 + number)
 
-    def kill():
+    def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -231,21 +235,21 @@ def stop(child, number):
     timer.start()
 
 
-def say(text):
+def say(text: str) -> None:
     print(f"mlproject: {text}", flush=True)
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
-def without_password(text):
+def without_password(text: str) -> str:
     head, at, tail = text.partition("@")
     scheme, slashes, _ = head.rpartition("//")
     return scheme + slashes + tail if at and slashes else text
 
 
-def fail(text):
+def fail(text: str) -> NoReturn:
     say(f"error: {text}")
     with contextlib.suppress(OSError):
         Path("/dev/termination-log").write_text(text)  # Kubernetes shows it as the reason
