@@ -6,9 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ class Daemon:
         self.folder = folder
         self._wrapper = wrapper
         self.host = f"unix://{folder}/docker.sock"
-        self._options = options
+        self.options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
@@ -43,7 +42,7 @@ class Daemon:
         command += ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
         with (self.folder / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, *self._options, *options], stdout=log, stderr=log, start_new_session=True
+                [*command, *self.options, *options], stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -130,7 +129,7 @@ def private_engine(engine: Any, base_image: str, tmp_path_factory: pytest.TempPa
     daemon = _daemon(folder, *options, wrapper=("unshare", "--net"))
     daemon.start()
     with closing(daemon.client()) as client:
-        client.load_image(engine.get_image(base_image))
+        list(client.load_image(engine.get_image(base_image)))  # until it is done
     yield daemon
     daemon.stop()
     for mount in Path("/proc/self/mounts").read_text().splitlines():
@@ -142,6 +141,13 @@ def private_engine(engine: Any, base_image: str, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a real image registry on this machine, empty at first."""
+    with serve_registry(tmp_path_factory.mktemp("registry")) as address:
+        yield address
+
+
+@contextmanager
+def serve_registry(folder: Path, more: str = "") -> Iterator[str]:
+    """host:port of a registry that keeps its images in `folder`; `more` are further lines of its configuration."""
     from conftest import missing
 
     program = shutil.which("docker-registry")
@@ -150,26 +156,26 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    folder = tmp_path_factory.mktemp("registry")
     (folder / "config.yml").write_text(
-        f"version: 0.1\nhttp: {{addr: {address}}}\nstorage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n"
+        f"version: 0.1\nhttp: {{addr: {address}}}\nstorage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n{more}"
     )
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
     try:
-        _wait_for(f"http://{address}/v2/", process, folder / "log")
+        _wait_for_port(address, process, folder / "log")
         yield address
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    host, port = address.split(":")
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            urllib.request.urlopen(url, timeout=2).close()
+            socket.create_connection((host, int(port))).close()
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"{url} does not answer: {log.read_text()[-2000:]}")
+    raise RuntimeError(f"{address} does not answer: {log.read_text()[-2000:]}")

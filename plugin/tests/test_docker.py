@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import docker.errors
 import pytest
+
 from engine import Daemon
 from mlproject_backends import JobError, Unreachable
 from mlproject_backends import docker as target_module
@@ -21,7 +22,7 @@ from mlproject_backends.config import Config
 from mlproject_backends.docker import DockerTarget, SubmittedContainer
 from mlproject_backends.job import Job, Resources, State
 
-SPECIFICATIONS = Path(__file__).parent / "docker"
+SPECIFICATIONS = Path(__file__).parent / "containers"
 JOB = Job(
     name="shapes-main-1f2e3d4c",
     run_id="7c0ffee",

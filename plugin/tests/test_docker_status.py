@@ -1,12 +1,13 @@
-"""What a container's end means, over what a real engine (20.10) answered: docker/inspected.json."""
+"""What a container's end means, over what a real engine (20.10) answered: containers/inspected.json."""
 
 import json
 from pathlib import Path
 
 import pytest
+
 from mlproject_backends.status import docker_state
 
-INSPECTED = json.loads((Path(__file__).parent / "docker" / "inspected.json").read_text())
+INSPECTED = json.loads((Path(__file__).parent / "containers" / "inspected.json").read_text())
 
 EXPECTED = {
     "created": ("SCHEDULED", None, "the container is about to start"),

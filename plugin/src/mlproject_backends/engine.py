@@ -71,7 +71,8 @@ def refusal(refused: str, explanation: str) -> str:
         return "the Docker engine has no GPU to give; install the NVIDIA container toolkit, or ask for gpu: 0"
     if "Range of CPUs" in said:
         return f"the job asks for more CPU than the Docker engine has ({said}); ask for less, as in -A cpu=1"
-    return f"the Docker engine refused {refused}: {said}"
+    login = any(word in said for word in ("no basic auth", "unauthorized", "to the resource is denied"))
+    return f"the Docker engine refused {refused}: {said}" + "; log in to the registry (docker login)" * login
 
 
 def _no_engine(error: Exception) -> JobError:
@@ -123,11 +124,10 @@ def push(client: Any, image: str, tell: Tell) -> None:
 
 def _follow_build(events: Iterable[Mapping[str, Any]], tell: Tell) -> None:
     """Show a build's steps: as a bar on a terminal, else line by line."""
-    step, said = "", collections.deque[str](maxlen=50)
+    step, said, error = "", collections.deque[str](maxlen=50), ""
     with tqdm(desc="building", unit="step", bar_format=_STEPS, leave=False, disable=None) as bar:
         for event in events:
-            if "error" in event:
-                raise JobError(_build_failure(step, list(said), event["error"]))
+            error = event.get("error", error)
             for line in _ESCAPES.sub("", event.get("stream", "")).splitlines():
                 if found := _STEP.match(line):
                     step = f"step {found['number']}/{found['of']} ({shorten(found['what'], 100, placeholder=' ...')})"
@@ -138,6 +138,8 @@ def _follow_build(events: Iterable[Mapping[str, Any]], tell: Tell) -> None:
                 elif line.strip():
                     said.append(line.strip())
                 bar.set_postfix_str(line.strip()[:60])
+    if error:  # only now, because a stream that is read to its end closes its connection
+        raise JobError(_build_failure(step, list(said), error))
 
 
 def _build_failure(step: str, said: list[str], error: str) -> str:
@@ -153,12 +155,14 @@ def _build_failure(step: str, said: list[str], error: str) -> str:
 def _follow_layers(events: Iterable[Mapping[str, Any]], refused: str) -> None:
     """Show how much of an image's layers has travelled."""
     sizes: dict[str, tuple[int, int]] = {}
+    error = ""
     with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for event in events:
-            if "error" in event:
-                raise JobError(refusal(refused, event["error"]))
+            error = event.get("error", error)
             progress = event.get("progressDetail") or {}
             if event.get("status") in ("Downloading", "Pushing") and "total" in progress:
                 sizes[event["id"]] = progress["current"], progress["total"]
                 bar.n, bar.total = (sum(column) for column in zip(*sizes.values(), strict=True))
                 bar.refresh()
+    if error:
+        raise JobError(refusal(refused, error))
