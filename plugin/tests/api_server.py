@@ -32,7 +32,7 @@ class Fault:
     code: int
     method: str = ""
     path: str = ""  # a part of it
-    query: str = ""  # a part of it
+    query: str = ""  # a part of it, with the ? in front
     times: int = 1
     status: Object | None = None  # what the server says
 
@@ -128,7 +128,7 @@ class ApiServer:
         """Status, body (an object, or lines that go on) and warnings."""
         self.requests.append(request)
         for fault in self.faults:
-            query = urllib.parse.urlencode(request.query)
+            query = "?" + urllib.parse.urlencode(request.query)
             if fault.times and fault.method in request.method and fault.path in request.path and fault.query in query:
                 fault.times -= 1
                 reason = _REASONS.get(fault.code, "InternalError")
@@ -166,7 +166,7 @@ class ApiServer:
         return 200, thing, []
 
     def _authorize(self, request: Request, kind: str | None, name: str | None, part: str | None) -> None:
-        verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete", "GET": "get" if name else "list"}
+        verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete", "GET": "get" if name or not kind else "list"}
         verb = "watch" if "watch" in request.query else verbs[request.method]
         resource = "/".join(word for word in (kind or "namespaces", part) if word)
         if (verb, resource) in self.forbidden:
