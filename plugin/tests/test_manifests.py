@@ -186,3 +186,11 @@ def test_merging_lays_one_manifest_on_another() -> None:
     over: Manifest = {"a": {"c": [2]}, "containers": [{"name": "x", "image": "2"}, {"name": "y"}]}
     containers = [{"name": "x", "image": "2", "tty": True}, {"name": "y"}]
     assert merged(under, over) == {"a": {"b": 1, "c": [2]}, "containers": containers, "d": 4}
+
+
+def test_the_projects_own_template_passes_too(api_server: ApiServer) -> None:
+    path = Path(__file__).parents[2] / "kubernetes_job_template.yaml"
+    assert pod_security.restricted(yaml.safe_load(path.read_text())["spec"]["template"]) == []
+    KubernetesTarget(Config("kubernetes", kube_job_template_path=str(path))).submit(JOB).clean_up()
+    (made,) = api_server.made("jobs")
+    assert pod_security.restricted(made["spec"]["template"]) == []
