@@ -32,7 +32,7 @@ class Daemon:
         self.folder = folder
         self._wrapper = wrapper
         self.host = f"unix://{folder}/docker.sock"
-        self.options = options
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
@@ -42,7 +42,7 @@ class Daemon:
         command += ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
         with (self.folder / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, *self.options, *options], stdout=log, stderr=log, start_new_session=True
+                [*command, *self._options, *options], stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -52,6 +52,10 @@ class Daemon:
             except docker.errors.DockerException:
                 time.sleep(0.1)
         raise RuntimeError("dockerd does not start: " + (self.folder / "dockerd.log").read_text()[-2000:])
+
+    def another(self, name: str) -> "Daemon":
+        """A further engine under this one's folder, kept apart in the same way."""
+        return Daemon(self.folder / name, *self._options, wrapper=self._wrapper)
 
     def client(self) -> Any:
         return docker.APIClient(self.host, version="auto")

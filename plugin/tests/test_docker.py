@@ -300,7 +300,6 @@ def test_no_rights_on_the_socket_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 COUNTER = "import time\nfor number in range(60):\n    print(number, flush=True)\n    time.sleep(0.05)"
-ON_HOST = {"MLFLOW_TRACKING_URI": "http://127.0.0.1"}  # the engine that restarts has no network but the host's
 
 
 @pytest.fixture
@@ -316,7 +315,7 @@ def counting(restartable: Daemon, submit: Submit) -> SubmittedContainer:
     """A job that outlives its engine and counts for three seconds."""
     restartable.stop()
     restartable.start("--live-restore")
-    return submit(COUNTER, env=ON_HOST)
+    return submit(COUNTER)
 
 
 @pytest.mark.slow
@@ -345,7 +344,7 @@ def test_a_job_outlives_an_engine_that_crashes_and_comes_back(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_engine_that_restarts_takes_the_job_along(restartable: Daemon, submit: Submit, number: int) -> None:
-    job, lines = submit(COUNTER, env=ON_HOST), []
+    job, lines = submit(COUNTER), []
 
     def output(line: str) -> None:
         lines.append(line)

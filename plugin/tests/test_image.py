@@ -375,7 +375,7 @@ def test_a_build_that_fails_says_where_and_why(small: Project, base_image: str) 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(small: Project, private_engine: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second engine whose images lie on a disk of 32 MB."""
-    tiny = Daemon(private_engine.folder / "tiny", *private_engine.options)
+    tiny = private_engine.another("tiny")
     data = tiny.folder / "data"
     data.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", data], check=True)
