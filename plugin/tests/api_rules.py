@@ -107,5 +107,4 @@ def fill_in_job(job: Object) -> None:
         labels |= {f"{prefix}controller-uid": uid, f"{prefix}job-name": name}
     for container in spec["template"]["spec"]["containers"]:
         container.setdefault("resources", {})
-        container.setdefault("terminationMessagePolicy", "File")
     job["status"] = {}

@@ -39,6 +39,11 @@ class TestCluster:
         """What `kubectl delete job` does."""
         self.api.delete(self.api.path("jobs", name), propagationPolicy="Background")
 
+    def jobs(self) -> set[str]:
+        """The names of all Jobs that the plugin made."""
+        found = self.api.get(self.api.path("jobs"), labelSelector="app.kubernetes.io/managed-by=mlproject-backends")
+        return {job["metadata"]["name"] for job in found["items"]}
+
     def pods(self, job: str) -> list[dict[str, Any]]:
         found = self.api.get(self.api.path("pods"), labelSelector=f"batch.kubernetes.io/job-name={job}")
         items: list[dict[str, Any]] = found["items"]
@@ -76,7 +81,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     if real:
         monkeypatch.setenv("KUBECONFIG", real)
         api = Cluster.connect(None, None)
-        yield TestCluster(Path(real), api.context, api.namespace, os.environ.get("TEST_REGISTRY"), None, api)
+        found = TestCluster(Path(real), api.context, api.namespace, os.environ.get("TEST_REGISTRY"), None, api)
+        before = found.jobs()
+        yield found
+        for name in found.jobs() - before:
+            found.delete_job(name)
         api.close()
         return
     containers = Containers(request.getfixturevalue("engine"))

@@ -320,8 +320,6 @@ class RunningPod(threading.Thread):
         reason = "OOMKilled" if killed and code else "Error" if code else "Completed"
         ended = {"exitCode": code, "reason": reason, "containerID": f"docker://{self._container}"}
         message = Path(self._folder.name, "termination-log").read_text()
-        if not message and code and self.main["terminationMessagePolicy"] == "FallbackToLogsOnError":
-            message = "\n".join(entry.partition(" ")[2] for entry in log.entries)[-2048:]
         self._ended({**ended, **({"message": message} if message else {})})
 
     def _ended(self, terminated: Object) -> None:

@@ -41,10 +41,10 @@ class Recording:
 
 
 class Replay:
-    """A controller for ApiServer: at `pace`, a fraction of the time it took, from when the Job is created."""
+    """A controller for ApiServer: at `pace`, a fraction of the time it took, once the Job is watched."""
 
-    def __init__(self, recording: Recording, pace: float = 0.2):
-        self.recording, self.pace = recording, pace
+    def __init__(self, recording: Recording, pace: float = 0.2, watched: bool = True):
+        self.recording, self.pace, self.watched = recording, pace, watched
         self.ended = threading.Event()
 
     def __call__(self, server: ApiServer, job: Object) -> None:
@@ -62,6 +62,10 @@ class Replay:
             server.store.remove("pods", name)
 
     def _play(self, server: ApiServer, job: Object) -> None:
+        while self.watched and not self._gone.wait(0.02):
+            kinds = {one.path.rpartition("/")[2] for one in server.requests if "watch" in one.query}
+            if kinds == {"jobs", "pods", "events"}:
+                break
         before = self.recording.watched[0]["t"]
         for entry in self.recording.watched:
             time.sleep(min((entry["t"] - before) * self.pace, LONGEST_PAUSE_S))

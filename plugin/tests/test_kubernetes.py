@@ -82,7 +82,7 @@ def test_output_and_progress(cluster: TestCluster, cluster_image: str) -> None:
             137,
         ),
         (
-            "open('/dev/termination-log', 'w').write('mlproject: error: no tracking server'); raise SystemExit(78)",
+            "open('/dev/termination-log', 'w').write('no tracking server'); raise SystemExit(78)",
             Resources(),
             "^no tracking server",
             78,

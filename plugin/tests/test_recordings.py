@@ -123,7 +123,7 @@ def test_an_evicted_pod_is_replaced_and_the_job_goes_on(api_server: ApiServer) -
 
 
 def test_a_job_that_its_ttl_took_before_anyone_looked_has_failed(api_server: ApiServer) -> None:
-    replay = api_server.controller = Replay(Recording("ttl-deleted"))
+    replay = api_server.controller = Replay(Recording("ttl-deleted"), watched=False)
     submitted = KubernetesTarget(CONFIG).submit(JOB)
     assert replay.ended.wait(10)
     for state in (submitted.state(), submitted.watch(print, print)):

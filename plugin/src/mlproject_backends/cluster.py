@@ -57,7 +57,7 @@ class Cluster:
         """
         configuration = client.Configuration()
         files = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
-        if not any(Path(file).is_file() for file in files.split(os.pathsep)):
+        if not any(Path(file).expanduser().is_file() for file in files.split(os.pathsep)):
             return cls._inside(configuration, context, namespace, files)
         try:
             contexts, current = config.list_kube_config_contexts(files)
@@ -68,7 +68,7 @@ class Cluster:
         if not chosen:
             raise ConfigError(f"the kubeconfig {files} has no context '{context}'; allowed: {', '.join(names)}")
         try:
-            config.load_kube_config(files, chosen["name"], configuration, persist_config=False)
+            config.load_kube_config(files, chosen["name"], configuration)
         except Exception as error:
             raise ConfigError(f"context '{chosen['name']}' of {files} cannot be used: {_first_line(error)}") from error
         return cls(configuration, chosen["name"], namespace or chosen["context"].get("namespace") or "default")

@@ -23,6 +23,7 @@ from mlproject_backends.cluster import Cluster, Refused
 WATCH_S = 60  # then the server ends a watch; a dead connection is noticed soon after
 SILENCE_S = 300  # of a job's output; then it is asked for again, for the connection may be dead
 LONGEST_PAUSE_S = 4.0
+NODE_AWAY = 5  # attempts to read a log
 AWAY_S = 600  # how long an API server may be away before following is given up
 
 Inbox = queue.Queue[Callable[[], None]]
@@ -63,6 +64,10 @@ class Connection:
         if time.monotonic() - since > AWAY_S:
             self.failed(error)
         self.stopped.wait(pause)
+
+    def is_lost(self) -> bool:
+        with self._lock:
+            return bool(self._lost)
 
     def failed(self, error: Exception) -> None:
         """Following cannot go on; the error is raised in the thread that takes from the inbox."""
@@ -117,8 +122,9 @@ class Watcher(_Follower):
             try:
                 version = self._list()
                 self._connection.answered(self.name)
-                while not self._connection.stopped.wait(0.1):
+                while not self._connection.stopped.is_set():
                     version = self._watch(version)
+                    self._connection.stopped.wait(0.1)
             except _Gone:
                 self._connection.stopped.wait(0.1)
             except Unreachable as error:
@@ -174,29 +180,36 @@ class PodLog(_Follower):
         remark: Callable[[str], None],
     ):
         super().__init__(f"log of {pod}", cluster, connection)
-        self._path, self._container = cluster.path("pods", pod) + "/log", container
+        self._path, self._pod, self._container = cluster.path("pods", pod) + "/log", pod, container
         self._output, self._remark = output, remark
         self.ended = threading.Event()  # set when the container has ended: what the log holds then is all
         self._lines = LogLines()
+        self._failures = 0  # one after the other
 
     def _follow(self) -> None:
         while not self._connection.stopped.is_set():
             complete = self.ended.is_set()
             try:
                 self._read()
-                self._connection.answered(self.name)
+                self._failures = 0
                 if complete:
                     break
                 self.ended.wait(0.5)  # the log ends a moment before the pod says so
             except Unreachable as error:
-                self._connection.lost(self.name, error)
+                self._wait(error)
             except Refused as error:
-                self._connection.answered(self.name)
                 if error.status == 403:
                     self._connection.put(partial(self._remark, f"no output can be shown: {error}"))
                 if error.status in (403, 404) or complete:  # 404: the pod is gone, and its log with it
                     break
                 self._connection.stopped.wait(0.5)
+
+    def _wait(self, error: Unreachable) -> None:
+        """Before the next try. That the API server is away, the watchers tell; that a node is, only its logs show."""
+        self._failures += 1
+        if self._failures == NODE_AWAY and not self._connection.is_lost():
+            self._connection.put(partial(self._remark, f"the output of {self._pod} cannot be read now: {error}"))
+        self._connection.stopped.wait(min(LONGEST_PAUSE_S, 0.25 * 2**self._failures))
 
     def _read(self) -> None:
         parameters = {"container": self._container, "timestamps": "true", "follow": "true", **self._lines.since()}

@@ -35,7 +35,7 @@ class KubernetesTarget:
         if self._config.nodes > 1 and self._config.retries:
             raise ConfigError(
                 f"'retries' is {self._config.retries} and 'nodes' is {self._config.nodes}; retries are for one node, "
-                "because a lost rank cannot rejoin the others: leave 'retries' out and start the run again from its checkpoint"
+                "because a lost rank cannot rejoin the others: leave 'retries' out, and resume by a new run"
             )
         with contextlib.closing(self._connect()) as cluster:
             try:

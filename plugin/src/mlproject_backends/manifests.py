@@ -125,7 +125,8 @@ def _job(job: Job, config: Config, own_secrets: list[str], template: Manifest) -
     manifest = merged(merged(_defaults(), _with_main_first(template)), _needed(job, config, own_secrets))
     manifest["metadata"].pop("generateName", None)
     manifest["metadata"].pop("namespace", None)  # render() sets it for all
-    return _in_reading_order(manifest)
+    ordered: Manifest = _in_reading_order(manifest)
+    return ordered
 
 
 def _defaults() -> Manifest:
@@ -154,8 +155,6 @@ def _defaults() -> Manifest:
                                 "allowPrivilegeEscalation": False,
                                 "capabilities": {"drop": ["ALL"]},
                             },
-                            # Where the bootstrap could not write its message, its last lines are the message.
-                            "terminationMessagePolicy": "FallbackToLogsOnError",
                         }
                     ],
                 }

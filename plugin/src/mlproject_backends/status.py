@@ -237,7 +237,7 @@ def pod_failure(pod: Mapping[str, Any]) -> tuple[str, int | None]:
     if ended.get("reason") in _NOT_STARTED:
         return f"the image cannot run the command: {message.rpartition('container process: ')[2]}", code
     if code == BOOTSTRAP_FAILED and message:
-        return f"{message.rpartition('mlproject: error: ')[2]} (exit code {code})", code
+        return f"{message} (exit code {code})", code
     if code:
         return exit_reason(code), code
     for other in _container_statuses(pod):
