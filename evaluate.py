@@ -155,4 +155,4 @@ def as_csv(table: list[dict[str, str | int | float]]) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, Settings)
+    launch(main, Settings, imports=("mlflow",))

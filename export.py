@@ -135,4 +135,4 @@ def publish(run: Run, folder: Path, output: str) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Settings)
+    launch(main, Settings, imports=("torch", "mlflow"))

@@ -62,4 +62,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Settings)
+    launch(main, Settings, imports=("mlflow",))

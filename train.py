@@ -249,4 +249,4 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
 
 
 if __name__ == "__main__":
-    launch(main, Settings)
+    launch(main, Settings, imports=("torch", "mlflow"))

@@ -35,7 +35,7 @@ def train_step(
 
     `seed` (the training's seed, the step, the process) makes dropout draw the same masks when the step is taken again.
     """
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    _seed_dropout(int(np.random.SeedSequence(seed).generate_state(1)[0]), images_NHWC.device)
     with torch.autocast(images_NHWC.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits_NK = network(images_NHWC)
     loss = nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
@@ -43,6 +43,17 @@ def train_step(
     optimizer.step(learning_rate)
     with torch.no_grad():
         return torch.stack([loss.detach(), (logits_NK.argmax(1) == labels_N).float().mean()])
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generators that dropout draws from.
+
+    On a CPU not by torch.manual_seed: while no GPU is in use, that keeps each call and its stack for the GPU to come.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @torch.inference_mode()

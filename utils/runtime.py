@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,20 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
-def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT]) -> None:
+def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT], *, imports: Sequence[str] = ()) -> None:
     """Run an entry script: settings from the command line, errors for people as one line, bugs as tracebacks.
 
     An exception that carries an `exit_code` (the rooms' DataError, ModelError, UsageError, RunFailed) is meant for the
-    user; every other one is a bug. Ctrl-C exits 130.
+    user; every other one is a bug. Ctrl-C exits 130. `imports` names large modules that `main` is going to import in
+    any case; here they take less time.
     """
     settings = parse(settings_class)
     # torch's threads (of GNU OpenMP) wait for each other in a loop of 300,000 rounds. Where another program wants the
     # core that is time lost: on two cores, beside one busy process, training took three to five times as long as with
     # 3,000 rounds; alone it made no difference. To be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if imports:
+        import_all(imports)
     try:
         main(settings)
     except KeyboardInterrupt:
@@ -44,6 +49,18 @@ def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT]) -
             raise
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         sys.exit(exit_code)
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import large modules without looking for garbage in them, now or later: they stay.
+
+    The search takes a quarter of the time that torch and MLflow take to import, and a second when the process ends.
+    """
+    gc.disable()
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
 
 
 def without_passwords(text: str) -> str:
