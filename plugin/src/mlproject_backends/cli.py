@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -30,6 +31,7 @@ class _Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Runs that `mlflow run` sent to Docker or Kubernetes. The tracking server is that of MLFLOW_TRACKING_URI."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for a log of some kilobytes
 
 
 @main.command()

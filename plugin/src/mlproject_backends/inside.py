@@ -204,7 +204,8 @@ def run(command: str, child: dict[str, subprocess.Popen[bytes]]) -> int:
     """Run the command in the code's folder as the head of a process group of its own; its exit code."""
     limit_s = float(os.environ.pop("MLPROJECT_TIMEOUT_S", 0))
     shell = shutil.which("bash") or "sh"
-    process = subprocess.Popen([shell, "-c", command], cwd=str(CODE), start_new_session=True)
+    # One stream: an engine reads two apart, and mixes up the order of their lines.
+    process = subprocess.Popen([shell, "-c", command], cwd=CODE, stderr=subprocess.STDOUT, start_new_session=True)
     child["process"] = process
     try:
         code = process.wait(limit_s or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.projects import SubmittedRun
 
-from mlproject_backends import JobError
+from mlproject_backends import JobError, Unreachable
 from mlproject_backends.config import DOCKER, KUBERNETES, Config
 from mlproject_backends.inside import CANNOT_START, TIMED_OUT
 from mlproject_backends.job import Output, State, Submitted, Target, Tell
@@ -174,7 +175,8 @@ class JobRun(SubmittedRun):
         if script != state.status:
             self._client.set_terminated(run_id, state.status)
         self._ended = state
-        self._submitted.clean_up()
+        with contextlib.suppress(Unreachable):  # an engine that is gone for good has nothing to clean up either
+            self._submitted.clean_up()
         return state
 
 
