@@ -227,7 +227,10 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.tags({"weights_sha256": weights_sha256(network.state_dict())})
     rows = data.rows["test"]
     example = np.array(data.images_NHWC[rows[:1]])
-    run.later(lambda client: log_onnx_model(run.id, onnx_file, example, settings.register_as, step=state.step))
+    run.later(
+        lambda client: log_onnx_model(run.id, onnx_file, example, settings.register_as, step=state.step),
+        {"model": onnx_file.name, "register_as": settings.register_as},
+    )
 
     classifier = OnnxClassifier(onnx_file)
     batches = evaluation_batches(data.images_NHWC, data.labels_N, rows, 1024)

@@ -12,8 +12,10 @@ import mlflow
 import onnxruntime
 import pytest
 from mlflow.entities import Metric
+from PIL import Image
 from tracking_server import TrackingServer
 
+from models.checkpoint import load_network, weights_sha256
 from utils import RunFailed, UsageError
 from utils.settings import setting
 from utils.tracking import start_run
@@ -78,13 +80,12 @@ def test_a_failure_fails_the_run_and_keeps_what_was_logged(project: Path) -> Non
 
 def test_only_the_newest_of_a_series_waits_to_be_sent(project: Path) -> None:
     with start_run(Settings(), "main") as run:
-        slow = run.later(lambda client: time.sleep(2))
-        assert slow is None
+        run.later(lambda client: time.sleep(2), {})
         time.sleep(1.2)  # the outbox is now busy with the slow call
         for number in range(5):
             (project / "latest.txt").write_text(str(number))
             run.artifact(project / "latest.txt", replaces="latest")
-        unsent = list((run.folder / "unsent").rglob("latest.txt"))
+        unsent = list((run.folder / "sending").rglob("latest.txt"))
         assert [path.read_text() for path in unsent] == ["4"]
     assert mlflow.artifacts.load_text(f"runs:/{run.id}/latest.txt") == "4"
 
@@ -159,6 +160,58 @@ def test_a_server_that_never_comes_back_ends_the_run_with_everything_on_disk(
     onnxruntime.InferenceSession(folder / "model.onnx")
     assert (folder / "latest.pt").stat().st_size > 0
     sent = mlflow.MlflowClient(tracking_server.database).get_metric_history(folder.name, "train/loss")
-    unsent = [json.loads(line) for line in (folder / "unsent_metrics.jsonl").read_text().splitlines()]
-    steps = {metric.step for metric in sent} | {row["step"] for row in unsent if row["key"] == "train/loss"}
+    unsent = [json.loads(line) for line in (folder / "unsent.jsonl").read_text().splitlines()]
+    steps = {metric.step for metric in sent} | {row["step"] for row in unsent if row.get("metric") == "train/loss"}
     assert steps == set(range(1, max(steps) + 1)) and len(steps) % epochs == 0
+    assert "unsent.jsonl" in told[0]
+    tags = {row["tag"]: row["value"] for row in unsent if "tag" in row}
+    network, _ = load_network(folder / "unsent" / "checkpoints" / "model.pt")
+    assert tags["weights_sha256"] == weights_sha256(network.state_dict())
+    assert {"model": "model.onnx", "register_as": ""} in unsent
+    assert {"status": "FINISHED"} in unsent
+    for name in ("learning_curves", "confusion_matrix", "worst_mistakes"):
+        with Image.open(folder / "unsent" / "pictures" / f"{name}.png") as picture:
+            assert picture.width > 100
+    assert not list((folder / "sending").iterdir())
+
+
+def test_when_script_and_server_fail_both_are_told_and_everything_is_kept(
+    tracking_server: TrackingServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server.uri)
+    monkeypatch.setenv("TRACKING_PATIENCE_S", "1")
+    (tmp_path / "note.txt").write_text("as it was")
+    with pytest.raises(ZeroDivisionError), start_run(Settings(), "main") as run:
+        run.flush()
+        tracking_server.stop()
+        run.params({"network": "cnn"})
+        run.dataset(name="d", digest="5" * 64, source="s3://bucket/key", context="training", profile={"n": 1})
+        run.json({"ü": 1}, "tables/facts.json")
+        run.artifact(tmp_path / "note.txt", "notes")
+        run.artifact(tmp_path / "note.txt")
+        (tmp_path / "note.txt").unlink()
+        _ = 1 / 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "did not answer for 1 s" in told[0]
+    folder = tmp_path / "outputs" / run.id
+    assert str(folder) in told[0]
+    unsent = [json.loads(line) for line in (folder / "unsent.jsonl").read_text().splitlines()]
+    assert unsent == [
+        {"param": "network", "value": "cnn"},
+        {
+            "dataset": "d",
+            "digest": "5" * 64,
+            "source": {"uri": "s3://bucket/key"},
+            "context": "training",
+            "profile": {"n": 1},
+        },
+        {"tag": "data_digest", "value": "5" * 64},
+        {"status": "FAILED"},
+    ]
+    assert json.loads((folder / "unsent/tables/facts.json").read_text()) == {"ü": 1}
+    for name in ("notes/note.txt", "note.txt"):
+        assert (folder / "unsent" / name).read_text() == "as it was"

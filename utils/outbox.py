@@ -23,11 +23,20 @@ RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 10.0
 Metric = tuple[str, float, int, int]  # key, value, time in ms, step
 
 
+UNSENT = "unsent"
+"""In a run's folder: what could not be sent. `unsent.jsonl` has a JSON object a line, `unsent/` the artifacts."""
+
+
 @dataclass
-class _Letter:
+class Letter:
     """One entry of the outbox: a call, or metrics, which are merged with their neighbours."""
 
     send: Callable[[Any], Any] | None = None
+    """Sends it; gets the MlflowClient."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """What is in it, as plain values, for when it cannot be sent."""
+    store: tuple[str, Callable[[Path], Any]] | None = None
+    """For an artifact: its path, and a function that writes it to a file."""
     metrics: list[Metric] = field(default_factory=list)
     file: Path | None = None
     """The kept file that `send` sends; it goes when it has been sent or a newer one of its series is there."""
@@ -50,7 +59,7 @@ class Outbox:
         self._run_id = run_id
         self._folder = folder
         self._kept = 0
-        self._letters: list[_Letter] = []
+        self._letters: list[Letter] = []
         self._changed = threading.Condition()
         self._sending = False
         self._hurry = False
@@ -59,20 +68,19 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def put(self, send: Callable[[Any], Any], file: Path | None = None, series: str = "") -> None:
+    def put(self, letter: Letter) -> None:
         with self._changed:
-            if series:
-                for older in [letter for letter in self._letters if letter.series == series]:
-                    self._letters.remove(older)
-                    older.done()
-            self._letters.append(_Letter(send=send, file=file, series=series))
+            for older in [each for each in self._letters if each.series and each.series == letter.series]:
+                self._letters.remove(older)
+                older.done()
+            self._letters.append(letter)
             self._changed.notify_all()
 
     def put_metrics(self, metrics: list[Metric]) -> None:
         with self._changed:
             last = self._letters[-1] if self._letters else None
             if last is None or last.send is not None or len(last.metrics) + len(metrics) > BATCH_METRICS:
-                last = _Letter()
+                last = Letter()
                 self._letters.append(last)
             last.metrics += metrics
             self._changed.notify_all()
@@ -80,7 +88,7 @@ class Outbox:
     def keep(self, path: Path) -> Path:
         """A second name for the file as it is now, under which it stays the same until it has been sent."""
         self._kept += 1
-        kept = self._folder / "unsent" / str(self._kept) / path.name
+        kept = self._folder / "sending" / str(self._kept) / path.name
         kept.parent.mkdir(parents=True)
         try:
             os.link(path, kept)
@@ -117,7 +125,7 @@ class Outbox:
             for letter in letters:
                 self._deliver(letter)
 
-    def _deliver(self, letter: _Letter) -> None:
+    def _deliver(self, letter: Letter) -> None:
         """Send a letter, again and again while the server is away; once it is given up, keep everything."""
         patience_s = float(os.environ.get("TRACKING_PATIENCE_S", "600"))
         away_since, pause_s = None, RETRY_FIRST_S
@@ -143,7 +151,7 @@ class Outbox:
                 return
         self._save(letter)
 
-    def _send(self, letter: _Letter) -> None:
+    def _send(self, letter: Letter) -> None:
         if letter.send is not None:
             letter.send(self._client)
             return
@@ -154,16 +162,29 @@ class Outbox:
             self._client.log_batch(self._run_id, metrics=[MlflowMetric(*metric) for metric in batch])
 
     def _give_up(self, why: str) -> None:
+        folder = self._folder.resolve()
         self._lost = (
-            f"{why}; the run's files and the metrics that were not sent are safe in {self._folder.resolve()}: "
-            "mend the server, then run again with the same run id to go on from the last checkpoint"
+            f"{why}; the run's files are safe in {folder}, what was not sent in {UNSENT}.jsonl and the folder {UNSENT} "
+            "there: mend the server, then run again with the same run id to go on from the last checkpoint"
         )
 
-    def _save(self, letter: _Letter) -> None:
-        """Put metrics that cannot be sent on disk, one JSON object a line; files are in the run's folder already."""
-        with (self._folder / "unsent_metrics.jsonl").open("a") as file:
-            for key, value, time_ms, step in letter.metrics:
-                file.write(json.dumps({"key": key, "value": value, "timestamp": time_ms, "step": step}) + "\n")
+    def _save(self, letter: Letter) -> None:
+        """Put on disk what cannot be sent: artifacts under their names, all else as one JSON object a line."""
+        records = letter.records + [
+            {"metric": key, "value": value, "step": step, "timestamp": time_ms}
+            for key, value, time_ms, step in letter.metrics
+        ]
+        try:
+            with (self._folder / f"{UNSENT}.jsonl").open("a") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            if letter.store is not None:
+                name, write = letter.store
+                path = self._folder / UNSENT / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+        except Exception as error:  # such as a full disk; the rest of the letters may still fit
+            _tell(f"not even kept: {[letter.store and letter.store[0], *records]} ({_brief(error)})")
+        letter.done()
 
 
 FINAL_CODES = {

@@ -2,14 +2,17 @@
 
 Everything that a script logs goes into an outbox that one thread empties in order, metrics in batches. While the server
 is away the thread tries again; the work goes on. When the server does not come back within TRACKING_PATIENCE_S seconds
-(environment, 600 by default), what was not sent is put on disk and leaving the run raises `RunFailed`.
+(environment, 600 by default), what was not sent is put on disk and leaving the run raises `RunFailed`, or prints the
+same where the script fails for a reason of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import RunFailed, UsageError
-from utils.outbox import FINAL_CODES, Outbox
+from utils.outbox import FINAL_CODES, Letter, Outbox
 from utils.runtime import git_tags, without_passwords
 from utils.settings import as_params, as_text
 
@@ -61,8 +64,10 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
         status = "KILLED"
         raise
     finally:
-        run.later(lambda client: client.set_terminated(run.id, status))
+        run.later(lambda client: client.set_terminated(run.id, status), {"status": status})
         lost = outbox.close()
+        if lost is not None and status != "FINISHED":  # what ended the script is told by whoever catches it
+            print(f"error: {without_passwords(lost)}", file=sys.stderr, flush=True)
         if lost is None:
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(Exception):  # the status has been sent, or cannot be; this only clears MLflow's own state
@@ -89,7 +94,8 @@ class Run:
         new = {key: value for key, value in values.items() if key not in self._outbox.logged_params}
         self._outbox.logged_params.update(new)
         params = [Param(key, as_text(value)) for key, value in new.items()]
-        self._send(lambda client: client.log_batch(self.id, params=params))
+        records = [{"param": param.key, "value": param.value} for param in params]
+        self._outbox.put(Letter(lambda client: client.log_batch(self.id, params=params), records))
 
     def tags(self, values: dict[str, Any]) -> None:
         """Set tags."""
@@ -98,7 +104,8 @@ class Run:
         from mlflow.entities import RunTag
 
         tags = [RunTag(key, as_text(value)) for key, value in values.items()]
-        self._send(lambda client: client.log_batch(self.id, tags=tags))
+        records = [{"tag": tag.key, "value": tag.value} for tag in tags]
+        self._outbox.put(Letter(lambda client: client.log_batch(self.id, tags=tags), records))
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log metrics at `step` with the time of this call."""
@@ -108,11 +115,16 @@ class Run:
 
     def picture(self, figure: Any, path: str) -> None:
         """Store a matplotlib figure as the artifact `path`."""
-        self._send(lambda client: client.log_figure(self.id, figure, path))
+        if self._outbox is not None:
+            self._outbox.put(
+                Letter(lambda client: client.log_figure(self.id, figure, path), store=(path, figure.savefig))
+            )
 
     def text(self, text: str, path: str) -> None:
         """Store a text as the artifact `path`."""
-        self._send(lambda client: client.log_text(self.id, text, path))
+        if self._outbox is not None:
+            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+            self._outbox.put(Letter(lambda client: client.log_text(self.id, text, path), store=(path, write)))
 
     def json(self, value: Any, path: str) -> None:
         """Store a JSON-able value as the artifact `path`."""
@@ -127,7 +139,14 @@ class Run:
         if self._outbox is None:
             return
         kept = self._outbox.keep(path)
-        self._outbox.put(lambda client: client.log_artifact(self.id, str(kept), folder or None), kept, replaces)
+        self._outbox.put(
+            Letter(
+                lambda client: client.log_artifact(self.id, str(kept), folder or None),
+                store=(str(Path(folder) / path.name), kept.replace),
+                file=kept,
+                series=replaces,
+            )
+        )
 
     def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
         """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
@@ -138,12 +157,17 @@ class Run:
         kind, where = _source(source)
         entity = Dataset(name, digest[:32], kind, json.dumps(where), profile=json.dumps(profile))
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
-        self._send(lambda client: client.log_inputs(self.id, inputs))
+        record = {"dataset": name, "digest": digest, "source": where, "context": context, "profile": profile}
+        self._outbox.put(Letter(lambda client: client.log_inputs(self.id, inputs), [record]))
         self.tags({"data_digest": digest})
 
-    def later(self, send: Callable[[Any], Any]) -> None:
-        """Queue any other call: `send` gets the MlflowClient, and is called again after a failure."""
-        self._send(send)
+    def later(self, send: Callable[[Any], Any], record: dict[str, Any]) -> None:
+        """Queue any other call: `send` gets the MlflowClient, and is called again after a failure.
+
+        `record` says in plain values what is in it, for when it cannot be sent.
+        """
+        if self._outbox is not None:
+            self._outbox.put(Letter(send, [record]))
 
     def flush(self) -> None:
         """Wait until everything logged so far has been sent, or the server is given up."""
@@ -179,10 +203,6 @@ class Run:
         finally:
             left.set()
             thread.join()
-
-    def _send(self, send: Callable[[Any], Any]) -> None:
-        if self._outbox is not None:
-            self._outbox.put(send)
 
 
 def _start_error(error: Exception, uri: str) -> Exception:
