@@ -113,7 +113,7 @@ def kubernetes_state(
         return State("SCHEDULED", f"queued in {queue}" if queue else "the Job is suspended")
     if obstacle := kubernetes_obstacle(job, pods, events):
         return State("SCHEDULED", obstacle.reason)
-    running = [pod for pod in pods if main_state(pod, "running") and not pod["metadata"].get("deletionTimestamp")]
+    running = [pod for pod in pods if _runs(pod) and not pod["metadata"].get("deletionTimestamp")]
     if running and nodes > 1:
         return State("RUNNING", f"{len(running)} of {nodes} pods run")
     if running:
@@ -129,7 +129,7 @@ def kubernetes_obstacle(
     """What keeps a Job's pods from running; None where nothing does, or the Job waits in a queue."""
     if job["spec"].get("suspend"):
         return None
-    alive = [pod for pod in pods if pod["status"].get("phase") == "Pending" or main_state(pod, "running")]
+    alive = [pod for pod in pods if pod["status"].get("phase") == "Pending" or _runs(pod)]
     for pod in alive:
         if obstacle := _pod_obstacle(pod, events):
             return obstacle
@@ -169,7 +169,7 @@ def _refused_pod(message: str) -> Obstacle:
 def pod_progress(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()) -> str | None:
     """How far a pod has come on its way to running; None where there is nothing to say."""
     node = pod["spec"].get("nodeName")
-    if main_state(pod, "running"):
+    if _runs(pod):
         return f"running on {node}"
     if pod["status"].get("phase") != "Pending" or not node or _pod_obstacle(pod, events):
         return None
@@ -264,7 +264,7 @@ def main_state(pod: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
 def has_log(pod: Mapping[str, Any]) -> bool:
     """Whether the container that runs the job has been started, so that its output can be asked for."""
     ended = main_state(pod, "terminated")
-    return main_state(pod, "running") is not None or (ended is not None and ended.get("reason") not in _NOT_STARTED)
+    return _runs(pod) or (ended is not None and ended.get("reason") not in _NOT_STARTED)
 
 
 def rank(pod: Mapping[str, Any]) -> str | None:
@@ -295,8 +295,12 @@ def _disruption(pod: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return _condition(pod, "DisruptionTarget")
 
 
+def _runs(pod: Mapping[str, Any]) -> bool:
+    return main_state(pod, "running") is not None
+
+
 def _has_started(pod: Mapping[str, Any]) -> bool:
-    return bool(main_state(pod, "running") or main_state(pod, "terminated"))
+    return _runs(pod) or main_state(pod, "terminated") is not None
 
 
 def _has_failed(pod: Mapping[str, Any]) -> bool:
