@@ -5,7 +5,9 @@ read() turns them into the cache's images.npy and the Contents of the manifest.
 """
 
 import hashlib
+import io
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +87,7 @@ class Digits:
         images_NHW = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
         partial = self.path.with_suffix(".partial.npz")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, images=images_NHW, labels=bunch.target.astype(np.int64))
+        _write_npz(partial, images=images_NHW, labels=bunch.target.astype(np.int64))
         partial.replace(self.path)
 
     def stamp(self) -> str | None:
@@ -160,6 +162,15 @@ class IdxSet:
             if len(read_idx(self.raw / images)) != len(labels_N) or labels_N.max(initial=0) >= len(self.classes):
                 return f"{labels} does not fit {images}"
         return None
+
+
+def _write_npz(path: Path, **arrays_by_name: np.ndarray) -> None:
+    """np.savez to the same bytes everywhere: the headers that it writes differ between releases of Python."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays_by_name.items():
+            content = io.BytesIO()
+            np.save(content, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
 
 
 def read_idx(path: Path) -> np.ndarray:
