@@ -533,8 +533,9 @@ def test_less_rights_show_less(
     cluster: TestCluster, own_server: ApiServer, cluster_image: str, right: tuple[str, str]
 ) -> None:
     own_server.forbidden.add(right)
-    watched = Watched(submit(cluster, job(cluster_image)))
-    assert watched.state.status == "FINISHED"
+    submitted = submit(cluster, job(cluster_image))
+    watched = Watched(submitted)
+    assert watched.state.status == submitted.state().status == "FINISHED"
     assert watched.output == (["done"] if right[1] == "events" else [])
     assert sum(f'cannot {right[0]} resource "{right[1]}"' in sentence for sentence in watched.told) == 1
 

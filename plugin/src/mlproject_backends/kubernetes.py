@@ -134,10 +134,8 @@ class SubmittedJob:
             if error.status != 404:
                 raise
             return State("KILLED", "cancelled") if self._cancelled.is_set() else gone(self._name)
-        events = self._cluster.get(
-            self._cluster.path("events"), fieldSelector=f"involvedObject.name={self._name}"
-        )  # of its pods, the pods themselves say enough
-        return kubernetes_state(job, self._pods(), events["items"])
+        events = self._found("events", fieldSelector=f"involvedObject.name={self._name}")
+        return kubernetes_state(job, self._pods(), events)  # of the pods' events, the pods themselves say enough
 
     def logs(self, output: Output) -> None:
         for pod in filter(has_log, self._pods()):
@@ -160,8 +158,18 @@ class SubmittedJob:
         self._cluster.close()
 
     def _pods(self) -> list[dict[str, Any]]:
-        pods = self._cluster.get(self._cluster.path("pods"), labelSelector=f"{JOB_NAME}={self._name}")["items"]
+        pods = self._found("pods", labelSelector=f"{JOB_NAME}={self._name}")
         return sorted(pods, key=lambda pod: (pod["metadata"]["creationTimestamp"], rank(pod) or ""))
+
+    def _found(self, kind: str, **selector: str) -> list[dict[str, Any]]:
+        """Objects of a kind; none where this user may not list them, for the Job says the most important by itself."""
+        try:
+            items: list[dict[str, Any]] = self._cluster.get(self._cluster.path(kind), **selector)["items"]
+        except Refused as error:
+            if error.status != 403:
+                raise
+            return []
+        return items
 
 
 def _create(cluster: Cluster, job: Job, manifest: Manifest, **parameters: str) -> tuple[dict[str, Any], list[str]]:
