@@ -1,0 +1,196 @@
+"""`mlflow run --backend docker` as a user types it: this repository's project, a foreign one, and what goes wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from conftest import PROJECTS
+from mlproject_backends.code_package import project_files
+from venues import PROJECT, Server, wait_for
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TRAINING = ["-P", "epochs=3", "-P", "seed=5"]
+CACHE = "mlproject-tests"
+CONFIG = {"build-args": {"DEVICE": "cpu"}, "cache-volume": CACHE}
+
+
+def command(program: str, *arguments: str, config: dict[str, Any] | None = None) -> list[str]:
+    chosen = ["--backend-config", json.dumps(config)] if config is not None else []
+    return [sys.executable, "-m", program, *arguments, *chosen]
+
+
+def run(folder: Path, *arguments: str, config: dict[str, Any] | None = None) -> str:
+    """`mlflow run ARGUMENTS`, which must go well; its run."""
+    done = subprocess.run(
+        command("mlflow", "run", *arguments, config=config),
+        cwd=folder,
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    newest: Run = MlflowClient().search_runs(["0"], max_results=1, order_by=["attributes.start_time DESC"])[0]
+    assert newest.info.status == "FINISHED"
+    return str(newest.info.run_id)
+
+
+def mlproject(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command("mlproject_backends.cli", *arguments), capture_output=True, text=True)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Start `mlflow run` and go on; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, config: dict[str, Any] | None = None) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            command("mlflow", "run", *arguments, config=config),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: "subprocess.Popen[str]", pattern: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return
+    raise AssertionError(f"{pattern} was not printed; {process.stderr.read() if process.stderr else ''}")
+
+
+def the_run() -> Run:
+    (found,) = MlflowClient().search_runs(["0"])
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, engine: Any, base_image: str) -> Iterator[Path]:
+    """The repository's files as git would have them, in a folder with a space, and an empty cache volume."""
+    folder = tmp_path / "a check out"
+    for name in project_files(ROOT):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    yield folder
+    engine.remove_volume(CACHE)
+
+
+def test_this_project_comes_to_the_same_in_docker_as_locally(loopback_server: Server, checkout: Path) -> None:
+    local = run(checkout, ".", "--env-manager", "local", *TRAINING)
+    docker = run(checkout, ".", "--backend", "docker", *TRAINING, config=CONFIG)
+    compared = mlproject("compare", "--all", local, docker)
+    assert compared.returncode == 0, compared.stdout
+    agreed = compared.stdout
+    for kind in ("param epochs", "metric test/accuracy", "artifact checkpoints/latest.pt", "weights weights_sha256"):
+        assert f"same    {kind}" in agreed
+    evaluate = ["-P", f"model_uri=runs:/{docker}/model", "-P", "min_accuracy=0.9"]
+    run(checkout, ".", "--backend", "docker", "--entry-point", "evaluate", *evaluate, config=CONFIG)
+    # A change of code costs no build: the same image for all.
+    images = {found.data.tags.get("mlproject.image") for found in MlflowClient().search_runs(["0"])} - {None}
+    assert len(images) == 1
+
+
+def test_a_server_that_is_away_for_half_a_minute_costs_nothing(
+    loopback_server: Server, checkout: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = start(str(checkout), "--backend", "docker", "-P", "epochs=400", config=CONFIG)
+    read_until(process, r"^epoch +2/400")
+    loopback_server.stop()
+    time.sleep(30)
+    loopback_server.start()
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, f"{output[-2000:]}\n{errors[-2000:]}"
+    found = the_run()
+    assert found.info.status == "FINISHED"
+    history = MlflowClient().get_metric_history(found.info.run_id, "val/loss")
+    assert len({point.step for point in history}) == 400
+
+
+def test_a_foreign_project_runs_untouched(base_image: str, local_store: Path, tmp_path: Path) -> None:
+    project = PROJECTS / "wine"
+    run_id = run(project, ".", "--backend", "docker", "-P", "neighbours=3")
+    docker = MlflowClient().get_run(run_id)
+    assert docker.data.params == {"table": "wine.csv", "neighbours": "3"}
+    assert docker.data.metrics["accuracy"] > 0.9
+    log = mlproject("logs", run_id).stdout.splitlines()
+    assert "kept 175 of 178 rows" in log
+
+
+def test_ctrl_c_ends_run_and_container(
+    engine: Any, job_image: str, local_store: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = start(str(PROJECT), "--backend", "docker", "--entry-point", "sleep", config={"image": job_image})
+    read_until(process, "^ready")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "got TERM" in output
+    assert "Traceback" not in errors
+    found = the_run()
+    assert (found.info.status, found.data.tags["mlproject.reason"]) == ("KILLED", "stopped by Ctrl-C")
+    assert engine.containers(all=True, filters={"label": f"mlproject.run-id={found.info.run_id}"}) == []
+
+
+def test_a_launcher_that_was_killed_loses_nothing(
+    job_image: str, local_store: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    sleep = ["--entry-point", "sleep", "-P", "seconds=5"]
+    process = start(str(PROJECT), "--backend", "docker", *sleep, config={"image": job_image})
+    read_until(process, "^ready")
+    process.kill()
+    found = the_run()
+    assert found.info.status == "RUNNING"
+    run_id = found.info.run_id
+    assert mlproject("status", run_id).stdout.startswith("RUNNING: ")
+    assert mlproject("logs", run_id).stdout.splitlines() == ["ready"]
+    wait_for(lambda: mlproject("status", run_id).stdout.startswith("FINISHED: "), "the run's end")
+    assert the_run().info.status == "FINISHED"
+    assert mlproject("logs", run_id).stdout.splitlines() == ["ready", "slept"]
+
+
+def test_bad_input_exits_2_with_one_line(local_store: Path) -> None:
+    done = subprocess.run(
+        command("mlflow", "run", str(PROJECT), "--backend", "docker", config={"imag": "x"}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: unknown key 'imag' in the docker backend's configuration")
+    assert MlflowClient().search_runs(["0"]) == []
+
+
+def test_without_a_daemon_there_is_one_line(local_store: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("mlflow", "run", str(PROJECT), "--backend", "docker"),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"},
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "none.sock") in done.stderr.splitlines()[-1]
+    assert MlflowClient().search_runs(["0"]) == []
