@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from models.onnx_model import OnnxClassifier
     from utils.tracking import Run
 
-MISTAKES_SHOWN = 40
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -113,11 +111,8 @@ def report(
     matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
     run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
     run.picture(pictures.reliability_diagram(logits_NK, labels_N), "pictures/reliability.png")
-    worst = scores.worst_mistakes(logits_NK, labels_N, MISTAKES_SHOWN)
-    if len(worst):
-        predicted = logits_NK[worst].argmax(axis=1)
-        pairs = zip(labels_N[worst], predicted, strict=True)
-        captions = [f"{data.classes[label]} → {data.classes[guess]}" for label, guess in pairs]
+    worst, captions = scores.worst_mistakes(logits_NK, labels_N, data.classes)
+    if captions:
         run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from utils import UsageError
 from utils.artifacts import CHECKPOINTS, LATEST, NETWORK
 from utils.runtime import EXIT_TERMINATED, launch, stop_requested
 from utils.settings import setting
@@ -17,7 +15,6 @@ if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --hel
     import torch
 
     from data_loader.dataset import Dataset
-    from models.optimisation import Optimizer
     from models.training import TrainingState
     from utils.compute import Compute
     from utils.tracking import Run
@@ -59,6 +56,7 @@ def main(settings: Settings) -> None:
     from models.checkpoint import NetworkSpec
     from models.optimisation import learning_rate_at, make_optimizer
     from models.training import TrainingState, Window, train_step
+    from utils.artifacts import checkpoint_to_go_on_from
     from utils.compute import Compute, make_deterministic
     from utils.progress import Progress
     from utils.tracking import start_run
@@ -74,7 +72,8 @@ def main(settings: Settings) -> None:
             on_error=settings.on_error,
         )
         compute.agree("data_digest", data.digest)
-        log_conditions(run, data, compute)
+        run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=data.profile())
+        run.params({"data_digest": data.digest, **data.profile(), **compute.facts()})
 
         height, width, channels = data.images_NHWC.shape[1:]
         mean_C, std_C = channel_statistics(data.images_NHWC, data.rows["train"])
@@ -92,7 +91,10 @@ def main(settings: Settings) -> None:
         optimizer = make_optimizer(settings.optimizer, network, settings.weight_decay)
         recipe = {"batch_size": settings.batch_size, "optimizer": settings.optimizer, "seed": settings.seed}
         state = TrainingState(spec, recipe)
-        restore(settings, run, state, network, optimizer)
+        with checkpoint_to_go_on_from(run.id, settings.resume) as checkpoint:
+            if checkpoint:
+                state.restore(checkpoint, network, optimizer)
+                print(f"going on from step {state.step}", flush=True)
         shared_network = compute.shared(network)
 
         epoch_steps = steps_per_epoch(len(data.rows["train"]), settings.batch_size)
@@ -102,7 +104,7 @@ def main(settings: Settings) -> None:
             batch_size=settings.batch_size,
             augmentation=settings.augmentation,
             seed=settings.seed,
-            steps=range(state.step, state.step if stopped_early(settings, state) else total_steps),
+            steps=range(state.step, state.step if state.stopped_early(settings.early_stopping) else total_steps),
             device=compute.device,
             rank=rank,
             world_size=world_size,
@@ -134,55 +136,18 @@ def main(settings: Settings) -> None:
                     scores = validate(data, network, compute)
                     state.finish_epoch(scores, learning_rate, network if settings.early_stopping else None)
                     run.metrics(scores, step=state.step)
-                    progress.line(describe(state.history[-1], settings.epochs))
+                    progress.line(state.describe_epoch(settings.epochs))
                 if (epoch_ends or stopping) and leads:
                     state.save(run.folder / LATEST, network, optimizer)
                     run.artifact(run.folder / LATEST, CHECKPOINTS, replaces=LATEST)
                 if stopping:
                     progress.line(f"SIGTERM: stopped after step {state.step}; the checkpoint is saved")
                     sys.exit(EXIT_TERMINATED)
-                if epoch_ends and stopped_early(settings, state):
+                if epoch_ends and state.stopped_early(settings.early_stopping):
                     progress.line(f"stopped early: no lower validation loss for {settings.early_stopping} epochs")
                     break
         if leads:
             report(settings, data, network, state, run)
-
-
-def log_conditions(run: Run, data: Dataset, compute: Compute) -> None:
-    """What shaped the result besides the settings."""
-    import torch
-
-    shape = "x".join(map(str, data.images_NHWC.shape[1:]))
-    counts = {f"{split}_images": len(rows) for split, rows in data.rows.items()}
-    profile = {"image_shape": shape, "classes": len(data.classes), **counts}
-    run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=profile)
-    used = {"device_used": compute.device.type, "precision_used": compute.precision, "torch": torch.__version__}
-    processes = {"processes": compute.place.world_size, "threads": torch.get_num_threads()}
-    run.params({"data_digest": data.digest, **profile, **used, **processes})
-
-
-def restore(settings: Settings, run: Run, state: TrainingState, network: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Go on from this run's own checkpoint (a retry), else from that of the run `resume`, else from nothing."""
-    from utils.artifacts import latest_checkpoint
-
-    with TemporaryDirectory() as folder:
-        file = latest_checkpoint(run.id, Path(folder)) if run.id else None
-        if file is None and settings.resume:
-            file = latest_checkpoint(settings.resume, Path(folder))
-            if file is None:
-                raise UsageError(
-                    f"resume: run '{settings.resume}' has no checkpoints/latest.pt; give the id of a training run"
-                )
-        if file is not None:
-            state.restore(file, network, optimizer)
-            print(f"going on from step {state.step}", flush=True)
-
-
-def stopped_early(settings: Settings, state: TrainingState) -> bool:
-    """Whether the validation loss has not fallen for so long that the best epoch is behind us."""
-    from models.training import epochs_without_progress
-
-    return 0 < settings.early_stopping <= epochs_without_progress(state.history)
 
 
 def validate(data: Dataset, network: torch.nn.Module, compute: Compute) -> dict[str, float]:
@@ -196,14 +161,6 @@ def validate(data: Dataset, network: torch.nn.Module, compute: Compute) -> dict[
     share_NK = predict_logits(network, batches, len(data.classes), compute.device, compute.precision)
     logits_NK, labels_N = compute.interleave(share_NK).numpy(), data.labels_N[rows]
     return {"val/loss": scores.log_loss(logits_NK, labels_N), "val/accuracy": scores.accuracy(logits_NK, labels_N)}
-
-
-def describe(row: dict[str, float], epochs: int) -> str:
-    """An epoch in a line."""
-    return (
-        f"epoch {row['epoch']:>3}/{epochs}  loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.4f}  "
-        f"val loss {row['val/loss']:.4f}  val accuracy {row['val/accuracy']:.4f}"
-    )
 
 
 def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: TrainingState, run: Run) -> None:
@@ -243,8 +200,7 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.picture(pictures.learning_curves(state.history), "pictures/learning_curves.png")
     matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
     run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
-    worst = scores.worst_mistakes(logits_NK, labels_N, 40)
-    captions = [f"{data.classes[labels_N[i]]} → {data.classes[logits_NK[i].argmax()]}" for i in worst]
+    worst, captions = scores.worst_mistakes(logits_NK, labels_N, data.classes)
     if captions:
         run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
     run.flush()

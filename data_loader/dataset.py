@@ -31,6 +31,12 @@ class Dataset:
     rows: dict[str, np.ndarray]
     manifest: dict[str, Any]
 
+    def profile(self) -> dict[str, str | int]:
+        """Its size in a few numbers."""
+        shape = "x".join(map(str, self.images_NHWC.shape[1:]))
+        counts = {f"{split}_images": len(rows) for split, rows in self.rows.items()}
+        return {"image_shape": shape, "classes": len(self.classes), **counts}
+
 
 def load(dataset: str, *, data_dir: Path, image_size: int = 0, on_error: str = "fail") -> Dataset:
     """Make a data set ready and open it.

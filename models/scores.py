@@ -5,6 +5,7 @@ NumPy alone, in float64, so that training, evaluation and serving give the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,11 +131,15 @@ def per_class(
     ]
 
 
-def worst_mistakes(logits_NK: np.ndarray, labels_N: np.ndarray, count: int) -> np.ndarray:
-    """Row numbers of at most `count` wrongly classified images, the largest loss first."""
+def worst_mistakes(
+    logits_NK: np.ndarray, labels_N: np.ndarray, classes: Sequence[str], most: int = 40
+) -> tuple[np.ndarray, list[str]]:
+    """Row numbers of at most `most` wrongly classified images, the largest loss first, and a caption for each."""
+    predicted_N = logits_NK.argmax(axis=1)
     losses_N = losses(logits_NK, labels_N)
-    wrong = np.flatnonzero(logits_NK.argmax(axis=1) != labels_N)
-    return wrong[np.argsort(-losses_N[wrong], kind="stable")][:count]
+    wrong = np.flatnonzero(predicted_N != labels_N)
+    rows = wrong[np.argsort(-losses_N[wrong], kind="stable")][:most]
+    return rows, [f"{classes[labels_N[row]]} → {classes[predicted_N[row]]}" for row in rows]
 
 
 def top_k(logits_NK: np.ndarray, k: int) -> np.ndarray:

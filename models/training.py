@@ -103,8 +103,25 @@ class TrainingState:
             }
         )
         self.epoch_results = []
-        if network is not None and epochs_without_progress(self.history) == 0:
+        if network is not None and self._epochs_without_progress() == 0:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+    def describe_epoch(self, epochs: int) -> str:
+        """The last epoch, of `epochs`, in a line."""
+        row = self.history[-1]
+        return (
+            f"epoch {row['epoch']:>3}/{epochs}  loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.4f}  "
+            f"val loss {row['val/loss']:.4f}  val accuracy {row['val/accuracy']:.4f}"
+        )
+
+    def stopped_early(self, patience: int) -> bool:
+        """Whether the best epoch lies `patience` epochs back (0: for ever)."""
+        return 0 < patience <= self._epochs_without_progress()
+
+    def _epochs_without_progress(self) -> int:
+        """Epochs since the one with the lowest validation loss."""
+        losses = [row["val/loss"] for row in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     def save(self, path: Path, network: nn.Module, optimizer: Optimizer) -> None:
         """Write the state with the weights and the optimiser's moments, whole or not at all."""
@@ -139,12 +156,6 @@ class TrainingState:
         self.epoch_results = state["epoch_results"]
         self.history = state["history"]
         self.best_weights = state["best_weights"]
-
-
-def epochs_without_progress(history: list[dict[str, float]]) -> int:
-    """Epochs since the one with the lowest validation loss."""
-    losses = [row["val/loss"] for row in history]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class Window:

@@ -91,8 +91,9 @@ def test_huge_logits_do_not_overflow():
 def test_worst_mistakes_are_wrong_and_the_largest_loss_comes_first():
     logits_NK = np.array([[5.0, 0], [0, 5], [3, 0], [0, 9], [0, 1]])
     labels_N = np.array([0, 0, 1, 0, 0])
-    assert scores.worst_mistakes(logits_NK, labels_N, 3).tolist() == [3, 1, 2]
-    assert scores.worst_mistakes(logits_NK[:1], labels_N[:1], 3).tolist() == []
+    rows, captions = scores.worst_mistakes(logits_NK, labels_N, ("cat", "dog"), 3)
+    assert (rows.tolist(), captions) == ([3, 1, 2], ["cat → dog", "cat → dog", "dog → cat"])
+    assert scores.worst_mistakes(logits_NK[:1], labels_N[:1], ("cat", "dog"))[1] == []
 
 
 @given(predictions(), st.integers(1, 7))

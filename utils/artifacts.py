@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from utils import RunFailed, UsageError
@@ -78,8 +79,22 @@ def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
         )
 
 
-def latest_checkpoint(run_id: str, folder: Path) -> Path | None:
-    """Download the checkpoint that training last left on a run; None if it left none."""
+@contextmanager
+def checkpoint_to_go_on_from(run_id: str, resume: str) -> Iterator[Path | None]:
+    """The checkpoint that the run left before (a retry), else that of the run `resume`; None where there is neither.
+
+    The file is there as long as the block lasts. UsageError if `resume` names a run without a checkpoint.
+    """
+    with TemporaryDirectory() as folder:
+        file = _latest_checkpoint(run_id, Path(folder)) if run_id else None
+        if file is None and resume:
+            file = _latest_checkpoint(resume, Path(folder))
+            if file is None:
+                raise UsageError(f"resume: run '{resume}' has no {CHECKPOINTS}/{LATEST}; give the id of a training run")
+        yield file
+
+
+def _latest_checkpoint(run_id: str, folder: Path) -> Path | None:
     with _mlflow_errors(f"runs:/{run_id}"):
         import mlflow
 

@@ -30,6 +30,16 @@ class Compute:
         picked = _pick_device(device, place)
         return cls(place, picked, _pick_precision(precision, picked))
 
+    def facts(self) -> dict[str, str | int]:
+        """What of it shapes the result, as parameters of the run."""
+        return {
+            "device_used": self.device.type,
+            "precision_used": self.precision,
+            "torch": torch.__version__,
+            "processes": self.place.world_size,
+            "threads": torch.get_num_threads(),
+        }
+
     @contextmanager
     def processes(self) -> Iterator[None]:
         """Join the other processes, if there are any; MASTER_ADDR and MASTER_PORT say where they meet."""
