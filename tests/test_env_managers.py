@@ -1,9 +1,9 @@
-"""`mlflow run --env-manager local | uv | virtualenv | conda` gives the same run from the one conda.yaml.
+"""`mlflow run --env-manager local | uv | virtualenv | conda` gives the same runs from the one conda.yaml.
 
-MLflow's own code makes each environment in full (5.4 GB, removed after its run). Two things it would
-fetch from elsewhere are offered here: pyenv's Python (pyenv_shim.py) and conda with its channel
-(conda_front_end.py and conda_channel.py). TEST_CONDA_HOME=/path/to/miniforge3 puts a real conda in the place
-of the front end.
+Every entry point runs under each: the training first, then the others on its data and model. MLflow's own code makes
+each environment in full (5.4 GB, removed after its runs). Two things it would fetch from elsewhere are offered here:
+pyenv's Python (pyenv_shim.py) and conda with its channel (conda_front_end.py and conda_channel.py).
+TEST_CONDA_HOME=/path/to/miniforge3 puts a real conda in the place of the front end.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from pathlib import Path
 import conda_front_end
 import pyenv_shim
 import pytest
-from conftest import missing
 from mlflow import MlflowClient
-from mlflow.entities import FileInfo
+from mlflow.entities import FileInfo, Run
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from conftest import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parent.parent
-PARAMETERS = ["-P", "epochs=2"]
+ENTRY_POINTS = ("main", "load_data", "evaluate", "predict", "export")
 # Durations, rates and the machine's load differ between two runs of the same program.
 CLOCKED = ("seconds", "images_per_s", "system/")
+# These have the run's id or a folder of the environment manager's own in them.
+NAMED_ANEW = ("model_uri", "output")
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What has to be equal: everything a run logged, without ids and times. `files`: of the run and its model."""
 
-    weights_sha256: str
+    weights_sha256: str | None
     params: dict[str, str]
     metrics: dict[str, list[tuple[int, float]]]
     files: list[str]
@@ -51,21 +56,21 @@ def walk(listing: Callable[[str | None], list[FileInfo]], folder: str | None = N
             yield entry.path
 
 
-def outcome(client: MlflowClient, experiment_id: str) -> Outcome:
-    (run,) = client.search_runs([experiment_id])
+def outcome(client: MlflowClient, run: Run) -> Outcome:
     assert run.info.status == "FINISHED"
-    (model,) = run.outputs.model_outputs
-    run_files = walk(partial(client.list_artifacts, run.info.run_id))
-    model_files = walk(partial(client.list_logged_model_artifacts, model.model_id))
+    files = sorted(walk(partial(client.list_artifacts, run.info.run_id)))
+    for model in run.outputs.model_outputs:
+        listing = partial(client.list_logged_model_artifacts, model.model_id)
+        files += [f"model/{name}" for name in sorted(walk(listing))]
     names = [name for name in run.data.metrics if not any(word in name for word in CLOCKED)]
     return Outcome(
-        weights_sha256=run.data.tags["weights_sha256"],
-        params=run.data.params,
+        weights_sha256=run.data.tags.get("weights_sha256"),
+        params={name: value for name, value in run.data.params.items() if name not in NAMED_ANEW},
         metrics={
             name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
             for name in sorted(names)
         },
-        files=[*sorted(run_files), *(f"model/{name}" for name in sorted(model_files))],
+        files=files,
     )
 
 
@@ -75,10 +80,11 @@ class Bench:
 
     folder: Path
     wheels: Path
+    images: Path
     client: MlflowClient
 
-    def run(self, manager: str, path: tuple[Path, ...] = (), **variables: str) -> Outcome:
-        """Run the project under `manager` in an environment made new for it, and remove that environment."""
+    def run(self, manager: str, path: tuple[Path, ...] = (), **variables: str) -> dict[str, Outcome]:
+        """Run every entry point under `manager` in an environment made new for it, and remove that environment."""
         scratch = self.folder / manager
         experiment = self.client.create_experiment(manager, (scratch / "artifacts").as_uri())
         environment = {
@@ -97,13 +103,28 @@ class Bench:
             **variables,
         }
         command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", manager]
-        command += ["--experiment-id", experiment, *PARAMETERS]
+        command += ["--experiment-id", experiment]
+        outcomes: dict[str, Outcome] = {}
+        model_uri = ""
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            for entry_point in ENTRY_POINTS:
+                parameters = {
+                    "main": ["epochs=2"],
+                    "load_data": [],
+                    "evaluate": [f"model_uri={model_uri}"],
+                    "predict": [f"model_uri={model_uri}", f"input={self.images}", f"output={scratch}/predictions.csv"],
+                    "export": [f"model_uri={model_uri}"],
+                }[entry_point]
+                line = [*command, "-e", entry_point, *(word for each in parameters for word in ("-P", each))]
+                done = subprocess.run(line, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, f"{entry_point}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+                (run,) = self.client.search_runs([experiment], f"tags.entry_point = '{entry_point}'")
+                outcomes[entry_point] = outcome(self.client, run)
+                if entry_point == "main":
+                    model_uri = f"runs:/{run.info.run_id}/model"
         finally:
             shutil.rmtree(scratch / "envs", ignore_errors=True)
-        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-        return outcome(self.client, experiment)
+        return outcomes
 
 
 # What would tell MLflow or pip that they are inside a test, or inside another environment.
@@ -117,27 +138,39 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--dest", str(wheels), "--requirement", str(ROOT / "requirements.lock")]
     subprocess.run(command, check=True)
-    yield Bench(folder, wheels, MlflowClient(f"sqlite:///{folder}/mlflow.db"))
+    images = folder / "images"
+    images.mkdir()
+    for number, pixels_HW in enumerate(load_digits().images[:20]):
+        Image.fromarray((pixels_HW * 15).astype("uint8")).save(images / f"{number}.png")
+    yield Bench(folder, wheels, images, MlflowClient(f"sqlite:///{folder}/mlflow.db"))
     shutil.rmtree(wheels)
 
 
 @pytest.fixture(scope="module")
-def local(bench: Bench) -> Outcome:
+def local(bench: Bench) -> dict[str, Outcome]:
     return bench.run("local")
 
 
-def assert_same(got: Outcome, local: Outcome) -> None:
-    assert local.weights_sha256 and local.metrics["test/accuracy"] and "model/model.onnx" in local.files
-    assert asdict(got) == asdict(local)
+def assert_same(got: dict[str, Outcome], local: dict[str, Outcome]) -> None:
+    assert local["main"].weights_sha256
+    for entry_point, metric, file in (
+        ("main", "test/accuracy", "model/model.onnx"),
+        ("load_data", "data/train_images", "manifest.json"),
+        ("evaluate", "test/accuracy", "tables/per_class.csv"),
+        ("predict", "images", "predictions/predictions.csv"),
+        ("export", "export/int8_accuracy", "export/model.pt2"),
+    ):
+        assert local[entry_point].metrics[metric] and file in local[entry_point].files, entry_point
+        assert asdict(got[entry_point]) == asdict(local[entry_point]), entry_point
 
 
-def test_uv_trains_what_local_trains(bench: Bench, local: Outcome) -> None:
+def test_uv_does_what_local_does(bench: Bench, local: dict[str, Outcome]) -> None:
     if not shutil.which("uv", path=str(Path(sys.executable).parent)):
         missing("uv is not in this environment (make .venv/installed-dev)")
     assert_same(bench.run("uv"), local)
 
 
-def test_virtualenv_trains_what_local_trains(bench: Bench, local: Outcome) -> None:
+def test_virtualenv_does_what_local_does(bench: Bench, local: dict[str, Outcome]) -> None:
     needs_python_3_11()
     if not importlib.util.find_spec("ensurepip"):
         missing("ensurepip is not here, and `python -m venv` needs it (Debian: apt-get install python3-venv)")
@@ -146,7 +179,7 @@ def test_virtualenv_trains_what_local_trains(bench: Bench, local: Outcome) -> No
     assert_same(bench.run("virtualenv", path=(root / "bin",), PYENV_ROOT=str(root)), local)
 
 
-def test_conda_trains_what_local_trains(bench: Bench, local: Outcome) -> None:
+def test_conda_does_what_local_does(bench: Bench, local: dict[str, Outcome]) -> None:
     needs_python_3_11()
     if not importlib.util.find_spec("rattler"):
         missing("py-rattler is not in this environment (make .venv/installed-dev)")
