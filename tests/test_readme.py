@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import missing
 from mlflow import MlflowClient
 from mlflow.cli import run as mlflow_run
 
+from conftest import missing
 from utils.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent

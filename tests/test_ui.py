@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import missing
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -24,6 +23,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from tracking_server import ROOT, TrackingServer
+
+from conftest import missing
 
 pytestmark = pytest.mark.slow
 
