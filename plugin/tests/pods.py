@@ -61,7 +61,8 @@ class RunningPod(threading.Thread):
             "metadata": new_metadata(metadata, self.server.namespace),
             "spec": spec,
         }
-        return self.server.store.put("pods", {**pod, "status": {"phase": "Pending"}})
+        made: Object = self.server.store.put("pods", {**pod, "status": {"phase": "Pending"}})
+        return made
 
     @property
     def main(self) -> Object:

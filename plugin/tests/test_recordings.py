@@ -12,8 +12,6 @@ from mlproject_backends.job import Job, State
 from mlproject_backends.kubernetes import KubernetesTarget
 from replay import RECORDINGS, Recording, Replay
 
-pytest_plugins = ["cluster"]
-
 JOB = Job("image-classifier-main-0a1b2c3d", "run", {}, "registry/image:tag", ("python",), {})
 CONFIG = Config("kubernetes", image_timeout_s=1, pending_timeout_s=1)
 

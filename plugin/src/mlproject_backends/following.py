@@ -209,7 +209,7 @@ class PodLog(_Follower):
         self._failures += 1
         if self._failures == NODE_AWAY and not self._connection.is_lost():
             self._connection.put(partial(self._remark, f"the output of {self._pod} cannot be read now: {error}"))
-        self._connection.stopped.wait(min(LONGEST_PAUSE_S, 0.25 * 2**self._failures))
+        self._connection.stopped.wait(min(LONGEST_PAUSE_S, 0.25 * 2 ** min(self._failures, 10)))
 
     def _read(self) -> None:
         parameters = {"container": self._container, "timestamps": "true", "follow": "true", **self._lines.since()}

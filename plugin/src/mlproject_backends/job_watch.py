@@ -28,7 +28,7 @@ from mlproject_backends.status import (
 )
 
 BRIEF_S = 10
-DRAIN_S = 60  # for the last words of pods that are being stopped: Kubernetes gives them 30 s
+DRAIN_S = 30  # for the last words of pods that are being stopped, after the time that Kubernetes gives them
 AT_ONCE = 10_000  # lines that may wait to be shown
 
 
@@ -56,6 +56,7 @@ class JobWatch:
         self._failure: Exception | None = None
         self._blocked: tuple[Patience, float] | None = None  # what by, since when
         self._told: set[tuple[str, str]] = set()
+        self._shown_at = 0.0  # when the last line came
 
     def run(self) -> State:
         """Follow the Job until it has ended and all its output was passed on."""
@@ -148,6 +149,7 @@ class JobWatch:
         self._failure = error
 
     def _show(self, prefix: str, line: str) -> None:
+        self._shown_at = time.monotonic()
         self._output(prefix + line)
 
     # What it means
@@ -203,13 +205,15 @@ class JobWatch:
             self._cluster.delete(self._cluster.path("jobs", self._name), propagationPolicy="Background")
 
     def _drain(self) -> None:
-        """Wait until all pods' output was passed on."""
-        deadline = time.monotonic() + DRAIN_S
+        """Wait until all pods' output was passed on: of those that ended, however long it is."""
         with contextlib.suppress(Unreachable, Refused):  # pods that the watch has not shown yet
             pods = self._cluster.get(self._cluster.path("pods"), labelSelector=f"{JOB_NAME}={self._name}")
             self._pods_listed(pods["items"])
-        while any(log.is_alive() for log in self._logs.values()) or not self._inbox.empty():
-            if time.monotonic() > deadline:
+        graces = [pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in self._pods.values()]
+        began, wait_s = time.monotonic(), DRAIN_S + max(graces, default=0)
+        while (reading := [log for log in self._logs.values() if log.is_alive()]) or not self._inbox.empty():
+            progress = self._shown_at if all(log.ended.is_set() for log in reading) else began
+            if time.monotonic() - max(began, progress) > wait_s:
                 self._tell("the job's output may not be complete: its pods did not end in time")
                 break
             self._handle_next(0.1)
