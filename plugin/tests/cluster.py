@@ -70,13 +70,13 @@ def cluster_image(cluster: TestCluster, base_image: str, engine: Any) -> str:
     return in_cluster(cluster, engine, base_image)
 
 
-def _host_of_containers(engine: Any) -> str:
+def host_of_containers(engine: Any) -> str:
     """This machine's address in the network that containers are in."""
     (network,) = engine.inspect_network("bridge")["IPAM"]["Config"]
     return str(network.get("Gateway") or ipaddress.ip_network(network["Subnet"])[1])
 
 
-def _address() -> str:
+def address_for_nodes() -> str:
     """The address that this machine's packets leave from; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
@@ -104,7 +104,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
         monkeypatch.setenv("KUBECONFIG", real)
         api = Cluster.connect(None, None)
         found = TestCluster(
-            Path(real), api.context, api.namespace, os.environ.get("TEST_REGISTRY"), None, api, _address()
+            Path(real), api.context, api.namespace, os.environ.get("TEST_REGISTRY"), None, api, address_for_nodes()
         )
         before = found.jobs()
         yield found
@@ -118,7 +118,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
     api = Cluster.connect(None, None)
-    yield TestCluster(kubeconfig, api.context, api.namespace, None, server, api, _host_of_containers(engine))
+    yield TestCluster(kubeconfig, api.context, api.namespace, None, server, api, host_of_containers(engine))
     api.close()
     containers.close()
     server.stop()

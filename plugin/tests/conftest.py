@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest_plugins = ["engine", "venues"]
+pytest_plugins = ["engine", "cluster", "venues"]
 
 PROJECTS = Path(__file__).parent / "projects"
 

@@ -67,7 +67,7 @@ def test_a_run_that_fails_keeps_its_name(in_process_venue: Venue) -> None:
         mlflow.projects.run(
             str(PROJECT), "fail", backend="in-process", backend_config={"image": "none"}, run_name="mine"
         )
-    assert in_process_venue.newest_run().info.run_name == "mine"
+    assert in_process_venue.the_run().info.run_name == "mine"
 
 
 @pytest.mark.slow

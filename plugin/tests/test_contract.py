@@ -43,7 +43,7 @@ def test_the_command_means_what_it_means_in_a_local_shell(venue: Venue, capfd: p
 def test_a_failing_command_fails_the_run_with_its_exit_code(venue: Venue) -> None:
     with pytest.raises(ExecutionException, match="exit code 7") as failure:
         venue.run("fail")
-    run = venue.newest_run()
+    run = venue.the_run()
     assert run.info.run_id in str(failure.value)
     assert (run.info.status, run.data.tags["mlproject.exit_code"]) == ("FAILED", "7")
     assert "exit code 7" in run.data.tags["mlproject.reason"]
@@ -88,7 +88,7 @@ def test_the_environment_arrives_and_secrets_stay_secret(
 def test_a_variable_to_copy_that_is_not_set_is_refused(venue: Venue) -> None:
     with pytest.raises(ConfigError, match="TEST_ABSENT, which is not set here"):
         venue.run("environment", {"env": ["TEST_ABSENT"]})
-    assert venue.client.search_runs(["0"]) == []
+    assert venue.runs() == []
 
 
 def test_a_path_in_the_project_is_found_in_the_job(venue: Venue, capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def test_a_path_that_the_job_would_not_have_is_refused(venue: Venue, file: str, 
     with pytest.raises(ConfigError, match=message) as refusal:
         venue.run("read", file=file)
     assert refusal.value.exit_code == 2
-    assert venue.client.search_runs(["0"]) == []
+    assert venue.runs() == []
 
 
 def test_a_detached_job_is_settled_by_whoever_asks(venue: Venue) -> None:
@@ -166,7 +166,7 @@ def test_a_code_package_that_was_changed_is_not_run(venue: Venue, monkeypatch: p
     monkeypatch.setattr(packed, tampered)
     with pytest.raises(ExecutionException, match="someone changed it"):
         venue.run()
-    assert venue.newest_run().info.status == "FAILED"
+    assert venue.the_run().info.status == "FAILED"
 
 
 def test_a_run_of_another_backend_has_no_job(venue: Venue) -> None:

@@ -21,6 +21,7 @@ from mlflow.entities import Run
 from mlflow.projects.backend import loader
 
 import in_process
+from cluster import TestCluster, address_for_nodes, host_of_containers, in_cluster
 from mlproject_backends import job_run
 from mlproject_backends.job_run import JobRun
 
@@ -34,6 +35,7 @@ class Venue:
     backend: str
     remove: Callable[[Run], None]
     config: dict[str, Any] = field(default_factory=dict)
+    experiment: str = "0"
     client: MlflowClient = field(default_factory=MlflowClient)
 
     def submit(self, entry_point: str = "main", config: dict[str, Any] | None = None, **parameters: str) -> JobRun:
@@ -47,12 +49,16 @@ class Venue:
             parameters=parameters,
             backend=self.backend,
             backend_config={**self.config, **(config or {})},
+            experiment_id=self.experiment,
             synchronous=False,
         )
 
-    def newest_run(self) -> Run:
-        (newest,) = self.client.search_runs(["0"], max_results=1, order_by=["attributes.start_time DESC"])
-        return newest
+    def runs(self) -> list[Run]:
+        return list(self.client.search_runs([self.experiment]))
+
+    def the_run(self) -> Run:
+        (only,) = self.runs()
+        return only
 
     def log_of(self, run_id: str) -> list[str]:
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="logs/job.log")
@@ -181,3 +187,28 @@ def docker_venue(engine: Any, job_image: str, local_store: Path) -> Venue:
         engine.remove_container(run.data.tags["mlproject.docker_container"], force=True)
 
     return Venue("docker", remove, {"image": job_image})
+
+
+@pytest.fixture(scope="session")
+def shared_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A tracking server that pods can reach."""
+    real = os.environ.get("TEST_KUBECONFIG")
+    host = address_for_nodes() if real else host_of_containers(request.getfixturevalue("engine"))
+    server = Server(tmp_path_factory.mktemp("shared"), request.getfixturevalue("empty_store"), host)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def pod_server(shared_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    yield from _tracked_at(shared_server.uri, monkeypatch, shared_server)
+
+
+@pytest.fixture
+def kubernetes_venue(cluster: TestCluster, pod_server: Server, job_image: str, engine: Any) -> Venue:
+    def remove(run: Run) -> None:
+        cluster.delete_job(run.data.tags["mlproject.kube_job"])
+
+    experiment = MlflowClient().create_experiment(f"contract {time.time_ns()}")
+    return Venue("kubernetes", remove, {"image": in_cluster(cluster, engine, job_image)}, experiment)
