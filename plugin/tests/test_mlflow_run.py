@@ -1,5 +1,6 @@
 """`mlflow run --backend docker` as a user types it: this repository's project, a foreign one, and what goes wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,12 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from cluster import TestCluster, in_cluster
 from conftest import PROJECTS
 from mlproject_backends.code_package import project_files
+from mlproject_backends.config import Config
+from mlproject_backends.image import environment_image
 from venues import PROJECT, Server, wait_for
 
 pytestmark = pytest.mark.slow
@@ -96,7 +101,8 @@ def checkout(tmp_path: Path, engine: Any, base_image: str) -> Iterator[Path]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     yield folder
-    engine.remove_volume(CACHE)
+    with contextlib.suppress(docker.errors.NotFound):
+        engine.remove_volume(CACHE)
 
 
 def test_this_project_comes_to_the_same_in_docker_as_locally(loopback_server: Server, checkout: Path) -> None:
@@ -128,6 +134,35 @@ def test_a_server_that_is_away_for_half_a_minute_costs_nothing(
     assert found.info.status == "FINISHED"
     history = MlflowClient().get_metric_history(found.info.run_id, "val/loss")
     assert len({point.step for point in history}) == 400
+
+
+@pytest.fixture
+def project_image(cluster: TestCluster, engine: Any, base_image: str) -> str:
+    """This project's own image, where the cluster's nodes find it."""
+    config = Config("docker", build_args=CONFIG["build-args"])
+    image = environment_image(ROOT, ROOT / "conda.yaml", "conda_env", config, print, push=False)
+    return in_cluster(cluster, engine, image)
+
+
+def test_this_project_comes_to_the_same_on_kubernetes_as_locally(
+    project_image: str, pod_server: Server, checkout: Path
+) -> None:
+    config = {**json.loads((ROOT / "kubernetes_config.json").read_text()), "image": project_image}
+    local = run(checkout, ".", "--env-manager", "local", *TRAINING)
+    kubernetes = run(checkout, ".", "--backend", "kubernetes", *TRAINING, config=config)
+    compared = mlproject("compare", local, kubernetes)
+    assert (compared.returncode, compared.stderr) == (0, ""), compared.stdout
+
+
+def test_pods_train_together(cluster: TestCluster, project_image: str, pod_server: Server, checkout: Path) -> None:
+    run_id = run(checkout, ".", "--backend", "kubernetes", *TRAINING, config={"image": project_image, "nodes": 2})
+    found = MlflowClient().get_run(run_id)
+    pods = cluster.pods(found.data.tags["mlproject.kube_job"])
+    assert [pod["status"]["phase"] for pod in pods] == ["Succeeded", "Succeeded"]
+    assert found.data.metrics["test/accuracy"] > 0.9
+    log = mlproject("logs", run_id).stdout.splitlines()
+    assert any(line.startswith("[0] epoch") for line in log)
+    assert not any(line.startswith("[1] epoch") for line in log)
 
 
 def test_a_foreign_project_runs_untouched(base_image: str, local_store: Path, tmp_path: Path) -> None:
