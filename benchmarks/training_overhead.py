@@ -29,7 +29,8 @@ def epoch_s(command: list[str], **environment: str) -> float:
     """Seconds an epoch takes: from a process's first "epoch" line to its last."""
     process = subprocess.Popen(
         [sys.executable, "-u", *command],
-        env={**os.environ, **environment},
+        # As utils.runtime.launch sets it, which the bare loop does not pass through.
+        env={**os.environ, "GOMP_SPINCOUNT": "3000", **environment},
         cwd=environment["FOLDER"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
