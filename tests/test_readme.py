@@ -22,7 +22,13 @@ from conftest import missing
 from utils.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "plugin/README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -46,6 +46,13 @@ def test_models_know_neither_mlflow_nor_the_command_line() -> None:
     assert wrong == set()
 
 
+def test_the_plugin_knows_nothing_of_the_project() -> None:
+    sources = sorted((ROOT / "plugin/src").rglob("*.py"))
+    assert sources
+    wrong = {path.name for path in sources if imported(ast.walk(parse(path))) & (ROOMS | SCRIPTS)}
+    assert wrong == set()
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_a_script_imports_only_light_modules_before_main(script: str) -> None:
     """`--help` has to answer at once: everything heavy is imported inside functions."""
