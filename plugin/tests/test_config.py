@@ -84,9 +84,7 @@ def test_the_configuration_goes_before_what_the_mlproject_declares() -> None:
 
 
 def test_unknown_resources_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown key 'ram' in the resources of entry point 'main'; allowed: cpu"
-    ):
+    with pytest.raises(ConfigError, match="unknown key 'ram' in the resources of entry point 'main'; allowed: cpu"):
         declared_resources("main", {"ram": 1})
 
 
