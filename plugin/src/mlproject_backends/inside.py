@@ -30,6 +30,8 @@ TIMED_OUT = 124
 CODE = Path("/tmp/mlproject/code")
 CACHE = Path("/cache")
 CONNECT_S = 60  # a server that restarts is waited for
+RANKS_S = 600  # pods of one job may start minutes apart: each node pulls the image
+MASTER_TAG = "mlproject.master"
 GRACE_S = 25  # under the 30 s that Kubernetes gives before it kills
 
 
@@ -72,6 +74,7 @@ def prepare() -> None:
     if os.environ.get("RANK", "0") == "0":
         check_writable(client, run)
     unpack(fetch_code(run))
+    find_master(client, run.info.run_id)
     for folder in json.loads(os.environ.pop("MLPROJECT_CACHE", "[]")):
         keep_in_cache(folder)
     for path, uri in json.loads(os.environ.pop("MLPROJECT_DOWNLOADS", "{}")).items():
@@ -170,6 +173,30 @@ def unpack(path: str) -> None:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which older Pythons do not have
         archive.extractall(CODE)
     Path(path).unlink()
+
+
+def find_master(client: Any, run_id: str) -> None:
+    """Make MASTER_ADDR an address that this rank can reach, also before the cluster's DNS knows it, or without DNS.
+
+    Rank 0 says on the run where it is; a rank that cannot resolve MASTER_ADDR reads it there.
+    """
+    name, leads = os.environ.get("MASTER_ADDR"), os.environ.get("RANK") == "0"
+    if not name or "RANK" not in os.environ:
+        return
+    if leads:
+        client.set_tag(run_id, MASTER_TAG, f"{name} {socket.gethostbyname(socket.gethostname())}")
+    deadline = time.monotonic() + RANKS_S
+    while True:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(name, None)
+            return
+        told, _, address = client.get_run(run_id).data.tags.get(MASTER_TAG, "").partition(" ")
+        if told == name:
+            os.environ["MASTER_ADDR"] = address
+            return
+        if time.monotonic() > deadline:
+            raise CannotStart(f"rank 0 did not start within {RANKS_S} s; look at its pod with kubectl get pods")
+        time.sleep(1)
 
 
 def keep_in_cache(folder: str) -> None:
