@@ -146,6 +146,13 @@ def test_ctrl_c_stops_the_job_and_keeps_its_last_words(venue: Venue) -> None:
     assert "got TERM" in venue.log_of(job.run_id)
 
 
+def test_a_job_is_stopped_at_its_time_limit(venue: Venue) -> None:
+    with pytest.raises(ExecutionException, match=r"timeout-s|time limit of 3 s"):
+        venue.run("sleep", {"timeout-s": 3})
+    assert venue.the_run().info.status == "FAILED"
+    assert "ready" in venue.log_of(venue.the_run().info.run_id)
+
+
 def test_a_job_that_vanished_has_failed(venue: Venue) -> None:
     job = venue.submit("sleep")
     wait_for_line(job, "ready")

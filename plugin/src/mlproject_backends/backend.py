@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +47,49 @@ class _Project:
     cache: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is to run, read and checked: no run was made for it yet."""
+
+    config: Config
+    target: Target
+    project: _Project
+    entry_point: str
+    command: Command
+    environment: Environment
+    package: CodePackage
+
+    @property
+    def resources(self) -> Resources:
+        return self.config.resources(self.project.resources)
+
+    def image(self) -> str:
+        """The environment image, built and pushed where need be."""
+        path = self.project.spec.env_config_path
+        return environment_image(
+            self.project.folder,
+            Path(path) if path else None,
+            str(self.project.spec.env_type),
+            self.config,
+            tell,
+            push=self.config.backend == KUBERNETES,
+        )
+
+    def job(self, run: Any, experiment: Experiment, image: str) -> Job:
+        return Job(
+            name=job_name(self.project.name, self.entry_point),
+            run_id=run.info.run_id,
+            labels=_labels(run.info.run_id, experiment, self.project.name, self.entry_point),
+            image=image,
+            argv=("python", "-c", files("mlproject_backends").joinpath("inside.py").read_text()),
+            env={**_threads(self.resources), **self.environment.env, **_instructions(run, self)},
+            secrets=self.environment.secrets,
+            resources=self.resources,
+            mounts=self.environment.mounts,
+            cache=bool(self.project.cache),
+        )
+
+
 class Backend(AbstractBackend):
     """One run() for all targets."""
 
@@ -73,61 +117,39 @@ class Backend(AbstractBackend):
         target = make_target(config)
         target.check()
         client = MlflowClient(tracking_uri)
-        environment = job_environment(config, tracking_uri, _artifact_root(client, experiment_id), os.environ)
+        experiment = client.get_experiment(experiment_id)
+        environment = job_environment(config, tracking_uri, experiment.artifact_location, os.environ)
         with tempfile.TemporaryDirectory(prefix="mlproject-") as temporary:
             package = pack(folder, Path(temporary))
             command = job_command(project.spec.get_entry_point(entry_point), params or {}, folder, package.files)
+            request = _Request(config, target, project, entry_point, command, environment, package)
             run = get_or_create_run(None, project_uri, experiment_id, str(folder), version, entry_point, params)
             try:
-                submitted = self._submit(
-                    config, target, project, entry_point, command, environment, package, client, run
-                )
+                submitted = _submit(request, client, run, experiment)
             except BaseException as error:
                 _end_unsent(client, run.info.run_id, error)
                 raise
         return submitted if config.detach else _follow(submitted)
 
-    def _submit(
-        self,
-        config: Config,
-        target: Target,
-        project: _Project,
-        entry_point: str,
-        command: Command,
-        environment: Environment,
-        package: CodePackage,
-        client: MlflowClient,
-        run: Any,
-    ) -> JobRun:
-        run_id = run.info.run_id
-        tags = {TAG_BACKEND: self.name, MLFLOW_PROJECT_BACKEND: self.name, MLFLOW_PROJECT_ENV: "docker"}
-        if name := alias.run_name.get():
-            tags[MLFLOW_RUN_NAME] = name
-        for key, value in {**tags, "mlproject.code_sha256": package.sha256}.items():
-            client.set_tag(run_id, key, value)
-        tell(f"run {run_id}")
-        env_type = str(project.spec.env_type)
-        env_file = Path(project.spec.env_config_path) if project.spec.env_config_path else None
-        image = environment_image(project.folder, env_file, env_type, config, tell, self.name == KUBERNETES)
-        client.set_tag(run_id, "mlproject.image", image)
-        client.log_artifact(run_id, str(package.path), CODE_ARTIFACT)
-        experiment = client.get_experiment(run.info.experiment_id)
-        job = Job(
-            name=job_name(project.name, entry_point),
-            run_id=run_id,
-            labels=_labels(run_id, experiment, project.name, entry_point),
-            image=image,
-            argv=("python", "-c", resources.files("mlproject_backends").joinpath("inside.py").read_text()),
-            env={**environment.env, **_instructions(run, project, command, package)},
-            secrets=environment.secrets,
-            resources=config.resources(project.resources),
-            mounts=environment.mounts,
-            cache=bool(project.cache),
-        )
-        submitted = target.submit(job)
-        for key, value in submitted.tags.items():
-            client.set_tag(run_id, key, value)
-        return JobRun(run_id, submitted, client)
+
+def _submit(request: _Request, client: MlflowClient, run: Any, experiment: Experiment) -> JobRun:
+    run_id, backend = run.info.run_id, request.config.backend
+    tags = {TAG_BACKEND: backend, MLFLOW_PROJECT_BACKEND: backend, MLFLOW_PROJECT_ENV: "docker"}
+    if name := alias.run_name.get():
+        tags[MLFLOW_RUN_NAME] = name
+    _tag(client, run_id, {**tags, "mlproject.code_sha256": request.package.sha256})
+    tell(f"run {run_id}")
+    image = request.image()
+    _tag(client, run_id, {"mlproject.image": image})
+    client.log_artifact(run_id, str(request.package.path), CODE_ARTIFACT)
+    submitted = request.target.submit(request.job(run, experiment, image))
+    _tag(client, run_id, submitted.tags)
+    return JobRun(run_id, submitted, client)
+
+
+def _tag(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
 
 
 class DockerBackend(Backend):
@@ -179,11 +201,6 @@ def _with_paths(config: Config, project: _Project) -> Config:
     return config
 
 
-def _artifact_root(client: MlflowClient, experiment_id: str) -> str:
-    experiment: Experiment = client.get_experiment(experiment_id)
-    return str(experiment.artifact_location)
-
-
 def _labels(run_id: str, experiment: Experiment, project: str, entry_point: str) -> dict[str, str]:
     """Label values as Kubernetes allows them: 63 characters, letters, digits, and -_. within."""
 
@@ -194,8 +211,14 @@ def _labels(run_id: str, experiment: Experiment, project: str, entry_point: str)
     return {name: value(text) for name, text in labels.items()}
 
 
-def _instructions(run: Any, project: _Project, command: Command, package: CodePackage) -> dict[str, str]:
+def _threads(allowed: Resources) -> dict[str, str]:
+    """As many threads as cores the job may use: libraries count those of the machine, and trip over each other."""
+    return {"OMP_NUM_THREADS": str(math.ceil(allowed.cpu))} if allowed.cpu else {}
+
+
+def _instructions(run: Any, request: _Request) -> dict[str, str]:
     """What inside.py reads."""
+    project, command, package = request.project, request.command, request.package
     values = {
         "MLFLOW_RUN_ID": run.info.run_id,
         "MLFLOW_EXPERIMENT_ID": run.info.experiment_id,
@@ -206,6 +229,8 @@ def _instructions(run: Any, project: _Project, command: Command, package: CodePa
     }
     if command.downloads:
         values["MLPROJECT_DOWNLOADS"] = json.dumps(command.downloads)
+    if request.config.timeout_s and request.config.backend != KUBERNETES:  # which keeps the time itself
+        values["MLPROJECT_TIMEOUT_S"] = str(request.config.timeout_s)
     if project.cache:
         values["MLPROJECT_CACHE"] = json.dumps(project.cache)
     return {**values, **_git_state(project.folder)}
