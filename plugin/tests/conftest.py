@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest_plugins = ["engine", "cluster", "venues"]
+pytest_plugins = ["engine", "cluster", "venues", "object_storage"]
 
 PROJECTS = Path(__file__).parent / "projects"
 

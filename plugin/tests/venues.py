@@ -106,10 +106,10 @@ def local_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPat
     """A folder with a tracking database and artifacts, which MLFLOW_TRACKING_URI names."""
     folder = tmp_path / "store with a space"
     uri = use_store(empty_store, folder, str(folder / "artifacts"))
-    yield from _tracked_at(uri, monkeypatch, folder)
+    yield from tracked_at(uri, monkeypatch, folder)
 
 
-def _tracked_at(uri: str, monkeypatch: pytest.MonkeyPatch, value: Any) -> Iterator[Any]:
+def tracked_at(uri: str, monkeypatch: pytest.MonkeyPatch, value: Any) -> Iterator[Any]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -120,8 +120,9 @@ def _tracked_at(uri: str, monkeypatch: pytest.MonkeyPatch, value: Any) -> Iterat
 class Server:
     """A real `mlflow server` that serves its artifacts; it can be killed and started again."""
 
-    def __init__(self, folder: Path, empty_store: Path, host: str):
+    def __init__(self, folder: Path, empty_store: Path, host: str, destination: str | None = None):
         self._database, self._folder = use_store(empty_store, folder, "mlflow-artifacts:/0"), folder
+        self._destination = destination or str(folder / "artifacts")
         with socket.socket() as probe:
             probe.bind((host, 0))
             self._host, self._port = host, probe.getsockname()[1]
@@ -131,7 +132,7 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", self._host]
         command += ["--port", str(self._port), "--backend-store-uri", self._database]
-        command += ["--artifacts-destination", str(self._folder / "artifacts"), "--allowed-hosts", "*"]
+        command += ["--artifacts-destination", self._destination, "--allowed-hosts", "*"]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -163,7 +164,7 @@ def loopback_server(tmp_path: Path, empty_store: Path, monkeypatch: pytest.Monke
     """A tracking server that only this machine can reach."""
     server = Server(tmp_path / "server", empty_store, "127.0.0.1")
     server.start()
-    yield from _tracked_at(server.uri, monkeypatch, server)
+    yield from tracked_at(server.uri, monkeypatch, server)
     server.stop()
 
 
@@ -202,7 +203,7 @@ def shared_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def pod_server(shared_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    yield from _tracked_at(shared_server.uri, monkeypatch, shared_server)
+    yield from tracked_at(shared_server.uri, monkeypatch, shared_server)
 
 
 @pytest.fixture
