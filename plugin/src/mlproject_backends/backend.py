@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
-from mlflow.exceptions import ExecutionException
+from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.projects._project_spec import _find_mlproject
 from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.utils import fetch_and_validate_project, get_or_create_run, load_project
 from mlflow.utils.mlflow_tags import MLFLOW_PROJECT_BACKEND, MLFLOW_PROJECT_ENV, MLFLOW_RUN_NAME
+from mlflow.utils.validation import _validate_param
 
 from mlproject_backends import ConfigError, alias
 from mlproject_backends.code_package import CodePackage, pack
@@ -122,6 +123,7 @@ class Backend(AbstractBackend):
         with tempfile.TemporaryDirectory(prefix="mlproject-") as temporary:
             package = pack(folder, Path(temporary))
             command = job_command(project.spec.get_entry_point(entry_point), params or {}, folder, package.files)
+            _refuse_names(params or {})
             request = _Request(config, target, project, entry_point, command, environment, package)
             run = get_or_create_run(None, project_uri, experiment_id, str(folder), version, entry_point, params)
             try:
@@ -199,6 +201,15 @@ def _with_paths(config: Config, project: _Project) -> Config:
     if project.spec.docker_env and not config.image:
         config = replace(config, image=project.spec.docker_env["image"])
     return config
+
+
+def _refuse_names(params: Mapping[str, str]) -> None:
+    """Before there is a run: one whose parameters cannot be logged would stay RUNNING."""
+    for name in params:
+        try:
+            _validate_param(name, "")
+        except MlflowException as error:
+            raise ConfigError(f"parameter {name[:80]!r}: {error.message}") from None
 
 
 def _labels(run_id: str, experiment: Experiment, project: str, entry_point: str) -> dict[str, str]:

@@ -40,8 +40,9 @@ def job_command(entry_point: Any, parameters: Mapping[str, str], project: Path, 
             continue
         local = get_local_path_or_none(value)
         if local is None:
-            inside = str(INPUTS / str(position) / (PurePosixPath(value.rstrip("/")).name or "input"))
-            downloads[inside] = value
+            uri = value.rstrip("/")  # MLflow downloads what is in a folder, and not the folder, where a slash ends it
+            inside = str(INPUTS / str(position) / (PurePosixPath(uri).name or "input"))
+            downloads[inside] = uri
         else:
             inside = _inside(name, Path(local), project, files)
         values[name] = inside
@@ -51,7 +52,7 @@ def job_command(entry_point: Any, parameters: Mapping[str, str], project: Path, 
 
 def _inside(name: str, path: Path, project: Path, files: Collection[str]) -> str:
     if not path.exists():
-        raise ConfigError(f"parameter '{name}' is the path {path}, and there is no such file or folder")
+        raise ConfigError(f"parameter '{name}' is the path {path}, and there is no {path.absolute()}")
     root, absolute = project.resolve(), path.resolve()
     if absolute == root:
         return str(CODE)
