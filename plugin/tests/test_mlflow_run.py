@@ -229,3 +229,27 @@ def test_without_a_daemon_there_is_one_line(local_store: Path, tmp_path: Path) -
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "none.sock") in done.stderr.splitlines()[-1]
     assert MlflowClient().search_runs(["0"]) == []
+
+
+@pytest.mark.parametrize("text", [None, '{"a": ', "[1]"])
+def test_a_config_file_that_cannot_be_used_is_one_line(local_store: Path, tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    arguments = [str(PROJECT), "--backend", "docker", "--backend-config", str(path)]
+    done = subprocess.run(command("mlflow", "run", *arguments), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert str(path) in done.stderr.splitlines()[-1]
+
+
+def test_without_a_tracking_server_there_is_one_line() -> None:
+    done = subprocess.run(
+        command("mlflow", "run", str(PROJECT), "--backend", "docker"),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "http://127.0.0.1:9" in done.stderr.splitlines()[-1]

@@ -22,6 +22,7 @@ from mlflow.tracking.context.abstract_context import RunContextProvider
 from mlflow.version import VERSION
 
 PLUGIN_NAME = "mlproject-kubernetes"
+OUR_BACKENDS = ("docker", PLUGIN_NAME)
 # The release lines whose code was read and is tested against.
 SUPPORTED_MAJOR = ("2", "3")
 
@@ -42,16 +43,42 @@ class Unused(RunContextProvider):
 
 
 def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """In place of mlflow.projects.run: our Kubernetes backend, which waits by itself, and the run's name."""
+    """In place of mlflow.projects.run: our Kubernetes backend, which waits by itself, the run's name, short errors."""
+    from mlflow.exceptions import ExecutionException, MlflowException
+
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     if call.arguments.get("backend") == "kubernetes":
         call.arguments["backend"] = PLUGIN_NAME
         call.arguments["synchronous"] = False
+    ours = call.arguments.get("backend") in OUR_BACKENDS
+    if ours and isinstance(call.arguments.get("backend_config"), str):
+        call.arguments["backend_config"] = _read_config(call.arguments["backend_config"])
     token = run_name.set(call.arguments.get("run_name"))
     try:
         return wrapped(*call.args, **call.kwargs)
+    except MlflowException as error:
+        if not ours or isinstance(error, ExecutionException):
+            raise
+        # `mlflow run` shows any other one with its traceback: a tracking server that is away, a name it refuses.
+        raise ExecutionException(_in_one_line(error)) from error
     finally:
         run_name.reset(token)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """The backend configuration in a file; MLflow shows a traceback for one that it cannot read."""
+    import json
+    from pathlib import Path
+
+    from mlproject_backends import ConfigError
+
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--backend-config {path} cannot be read: {error}; allowed: a file that holds JSON") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--backend-config {path} holds {config!r}; allowed: a JSON object such as {{}}")
+    return config
 
 
 def env_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
