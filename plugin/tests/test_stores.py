@@ -1,4 +1,4 @@
-"""Jobs in Docker whose artifacts are in S3: reached directly, or through the tracking server. What is secret stays so."""
+"""Jobs in Docker whose artifacts are in S3: reached directly, or through the tracking server."""
 
 import json
 import os
