@@ -24,6 +24,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "a copy"
     (folder / ".ci").mkdir(parents=True)
     shutil.copy(ROOT / ".ci/lock.py", folder / ".ci")
+    (folder / "plugin").mkdir()
+    shutil.copy(ROOT / "plugin/pyproject.toml", folder / "plugin")
     for path in [*ROOT.glob("requirements*"), ROOT / "conda.yaml"]:
         shutil.copy(path, folder)
     return folder
@@ -60,7 +62,7 @@ def test_a_new_requirement_without_a_network_changes_no_file(folder: Path, tmp_p
     assert done.returncode == 1
     assert done.stderr.endswith("error: the locks could not be made, and no file was changed\n")
     assert contents(folder) == before
-    assert {path.name for path in folder.iterdir()} == {".ci", *before}
+    assert {path.name for path in folder.iterdir()} == {".ci", "plugin", *before}
 
 
 def test_conda_yaml_is_what_the_script_writes(folder: Path) -> None:
