@@ -168,10 +168,10 @@ class KubernetesBackend(Backend):
 
 def job_name(project: str, entry_point: str) -> str:
     """A DNS label of at most 50 characters, so that pods and services have room for more, and no two alike."""
-    stem = re.sub(r"[^a-z0-9]+", "-", f"{project}-{entry_point}".lower()).strip("-")[:41].rstrip("-")
-    return (
-        f"{stem or 'job'}-{secrets.token_hex(4)}" if stem[:1].isalpha() else f"job-{stem[:37]}-{secrets.token_hex(4)}"
-    )
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{project}-{entry_point}".lower()).strip("-")
+    if not stem[:1].isalpha():
+        stem = f"job-{stem}"
+    return f"{stem[:41].rstrip('-')}-{secrets.token_hex(4)}"
 
 
 def _read(folder: Path, entry_point: str) -> _Project:

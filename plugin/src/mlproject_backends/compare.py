@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from mlflow import MlflowClient
@@ -60,13 +61,11 @@ def _history(points: list[Any]) -> str:
     values = [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)]
     last = values[-1][1]
     text = "nan" if math.isnan(last) else repr(last)
-    return text if len(values) == 1 else f"{text} after {len(values)} points {hash_of(values)}"
+    return text if len(values) == 1 else f"{text} after {len(values)} points {_digest(values)}"
 
 
-def hash_of(values: list[tuple[int, float]]) -> str:
+def _digest(values: list[tuple[int, float]]) -> str:
     """Eight digits that differ when any step or value does."""
-    from hashlib import sha256
-
     return sha256(repr(values).encode()).hexdigest()[:8]
 
 

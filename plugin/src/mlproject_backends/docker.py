@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import ipaddress
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import docker.errors
 from mlproject_backends import JobError, Unreachable
 from mlproject_backends.config import Config
 from mlproject_backends.engine import connect, engine_errors, pull, refusal
+from mlproject_backends.environment import is_loopback
 from mlproject_backends.job import CACHE_DIR, Job, Output, State, Tell
 from mlproject_backends.status import CANCELLED, docker_state
 
@@ -47,7 +47,7 @@ class DockerTarget:
 
     def render(self, job: Job) -> dict[str, Any]:
         """The body of the Engine API's container create request, with the container's name as `Name`."""
-        loopback = any(map(_is_loopback, _addresses(job).values()))
+        loopback = any(map(is_loopback, _addresses(job).values()))
         env = dict(_with_host_alias(job).env)
         if job.secrets:
             env["MLPROJECT_SECRETS_FILE"] = f"/{SECRETS}/env.json"
@@ -239,14 +239,6 @@ def _addresses(job: Job) -> dict[str, str]:
     return {name: values[name] for name in _ADDRESSES if name in values}
 
 
-def _is_loopback(address: str) -> bool:
-    host = urllib.parse.urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _shares_network() -> bool:
     """Whether `host` networking reaches this machine: elsewhere the engine runs in a virtual machine."""
     return platform.system() == "Linux"
@@ -256,7 +248,7 @@ def _with_host_alias(job: Job) -> Job:
     """The job with loopback addresses in the name that a container has for this machine, where it needs one."""
     if _shares_network():
         return job
-    moved = {name: _rename_host(value) for name, value in _addresses(job).items() if _is_loopback(value)}
+    moved = {name: _rename_host(value) for name, value in _addresses(job).items() if is_loopback(value)}
     return replace(
         job,
         env={name: moved.get(name, value) for name, value in job.env.items()},

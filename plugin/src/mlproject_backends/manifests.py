@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlproject_backends.config import Config
+from mlproject_backends.inside import CANNOT_START
 from mlproject_backends.job import CACHE_DIR, Job, Resources
 
 Manifest = dict[str, Any]
 
 MAIN = "main"  # the container that runs the entry point
-BOOTSTRAP_FAILED = 78  # exit code of the bootstrap's own failures: trying again would not help
 MASTER_PORT = 29500  # PyTorch's default
 KEPT_S = 24 * 3600  # how long an ended Job can still be looked at
 USER_ID = 1000  # an image whose USER is a name cannot prove that it is not root
@@ -230,7 +230,7 @@ def _failure_policy(nodes: int) -> Manifest:
             },
             {
                 "action": "FailJob",
-                "onExitCodes": {"containerName": MAIN, "operator": "In", "values": [BOOTSTRAP_FAILED]},
+                "onExitCodes": {"containerName": MAIN, "operator": "In", "values": [CANNOT_START]},
             },
         ]
     }

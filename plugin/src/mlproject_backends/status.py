@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from mlproject_backends.inside import CANNOT_START
 from mlproject_backends.job import State
-from mlproject_backends.manifests import BOOTSTRAP_FAILED, INDEX, MAIN, waits_for_queue
+from mlproject_backends.manifests import INDEX, MAIN, waits_for_queue
 
 CANCELLED = "-cancelled"
 """The end of the name of a container that cancel() has stopped: every process that looks at it sees why it ended."""
@@ -50,7 +51,7 @@ def _docker_failure(code: int, out_of_memory: bool, inspect: Mapping[str, Any]) 
 def exit_reason(code: int) -> str:
     """What an exit code other than 0 says about the command."""
     sentences = {
-        78: "the command could not be started (exit code 78); the log's last line says why",
+        CANNOT_START: "the command could not be started (exit code 78); the log's last line says why",
         126: "the command may not be executed (exit code 126)",
         127: "command not found (exit code 127)",
     }
@@ -94,7 +95,7 @@ _WAITING = {  # a container's waiting reason
     "CreateContainerError": (Patience.BRIEF, "the container cannot be made: {words}"),
     "RunContainerError": (Patience.BRIEF, "the container cannot be started: {words}"),
 }
-_CANNOT_START = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")  # events; the pod says nothing
+_POD_CANNOT_START = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")  # events; the pod says nothing
 _NOT_STARTED = ("StartError", "ContainerCannotRun")  # a container's terminated reason
 
 
@@ -152,7 +153,7 @@ def _pod_obstacle(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -
     if pod["status"].get("phase") == "Pending":
         name = pod["metadata"]["name"]
         told = [event for event in events if event["involvedObject"].get("name") == name]
-        if told and told[-1]["reason"] in _CANNOT_START:
+        if told and told[-1]["reason"] in _POD_CANNOT_START:
             return Obstacle(Patience.PENDING, f"the pod cannot start: {one_line(told[-1]['message'])}")
     return None
 
@@ -193,7 +194,7 @@ def retry_progress(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) ->
         name = pod["metadata"]["name"]
         if _disruption(pod):
             sentences[name] = f"{reason}; another pod goes on"
-        elif code != BOOTSTRAP_FAILED and counted < retries:
+        elif code != CANNOT_START and counted < retries:
             counted += 1
             sentences[name] = f"{reason}; trying again ({counted} of {retries})"
     return sentences
@@ -236,7 +237,7 @@ def pod_failure(pod: Mapping[str, Any]) -> tuple[str, int | None]:
     message = one_line(ended.get("message", ""))
     if ended.get("reason") in _NOT_STARTED:
         return f"the image cannot run the command: {message.rpartition('container process: ')[2]}", code
-    if code == BOOTSTRAP_FAILED and message:
+    if code == CANNOT_START and message:
         return f"{message} (exit code {code})", code
     if code:
         return exit_reason(code), code
