@@ -1,4 +1,4 @@
-"""Remake requirements.lock, requirements-dev.lock, conda.yaml and, where conda works, conda-lock.yml.
+"""Remake the requirements locks, conda.yaml and, where conda works, conda-lock.yml.
 
 Run it as `make lock`. Pins that still fit are kept, so a second run changes nothing; for the newest releases:
 `make lock ARGS=--upgrade`. All is made in a temporary folder and moved into place at the end: a failure, for
@@ -77,15 +77,17 @@ def conda_lock(folder: Path) -> str | None:
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".lock-") as name:
         folder = Path(name)
-        for path in [
-            *ROOT.glob("requirements*.in"),
-            *ROOT.glob("requirements*.lock"),
-            *ROOT.glob("conda-lock.yml"),
-        ]:
+        (folder / "services").mkdir()
+        for where in ("", "services"):
+            for path in [*(ROOT / where).glob("requirements*.in"), *(ROOT / where).glob("*.lock")]:
+                shutil.copy(path, folder / where)
+        for path in ROOT.glob("conda-lock.yml"):
             shutil.copy(path, folder)
         try:
             compile_lock(folder, "requirements", arguments)
-            compile_lock(folder, "requirements-dev", [str(ROOT / "plugin/pyproject.toml"), *arguments])
+            compile_lock(folder / "services", "requirements", arguments)
+            also = ["services/requirements.in", str(ROOT / "plugin/pyproject.toml")]
+            compile_lock(folder, "requirements-dev", [*also, *arguments])
         except subprocess.CalledProcessError:  # uv has said why
             print("error: the locks could not be made, and no file was changed", file=sys.stderr)
             return 1
@@ -93,12 +95,12 @@ def main(arguments: list[str]) -> int:
         if reason := conda_lock(folder):
             print(f"conda-lock.yml was not remade: {reason}")
             (folder / "conda-lock.yml").unlink(missing_ok=True)
-        for made in sorted([*folder.glob("*.lock"), *folder.glob("conda*.y*ml")]):
-            target = ROOT / made.name
+        for made in sorted([*folder.rglob("*.lock"), *folder.glob("conda*.y*ml")]):
+            target = ROOT / made.relative_to(folder)
             # An untouched file keeps its time, so that `make` does not remake the environment for nothing.
             if not target.exists() or not filecmp.cmp(made, target, shallow=False):
                 made.replace(target)
-                print(f"wrote {made.name}")
+                print(f"wrote {target.relative_to(ROOT)}")
     return 0
 
 
