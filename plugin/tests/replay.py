@@ -83,7 +83,7 @@ class Replay:
         self.ended.set()
 
     def _renamed(self, thing: Object, job: Object) -> Any:
-        """The object with the new Job's name and uid in the places of the recorded ones."""
+        """The object with the new Job's name, uid and annotations in the places of the recorded ones."""
         old, new = self.recording.name, job["metadata"]["name"]
         text = json.dumps(thing)
         text = re.sub(rf"(?<![\w-]){old}(?=(-\d+)?-[a-z0-9]{{5}}(?![\w-]))", new, text)  # pods
@@ -92,6 +92,7 @@ class Replay:
         owner = next(iter(renamed["metadata"].get("ownerReferences", ())), None)
         if renamed["kind"] == "Job" and renamed["metadata"]["name"] == new:
             renamed["metadata"]["uid"] = job["metadata"]["uid"]
+            renamed["metadata"]["annotations"] = job["metadata"]["annotations"]
         elif owner and owner["name"] == new:
             owner["uid"] = job["metadata"]["uid"]
         return renamed

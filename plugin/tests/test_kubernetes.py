@@ -14,7 +14,7 @@ import pytest
 from api_server import ApiServer, Fault
 from cluster import TestCluster
 from conftest import missing
-from mlproject_backends import ConfigError, JobError, Unreachable, job_watch
+from mlproject_backends import ConfigError, JobError, Unreachable, status
 from mlproject_backends.config import Config
 from mlproject_backends.following import LogLines
 from mlproject_backends.job import Job, Resources, State
@@ -158,7 +158,7 @@ def test_a_command_that_is_not_in_the_image(cluster: TestCluster, cluster_image:
 
 @pytest.mark.slow
 def test_a_secret_that_is_missing(cluster: TestCluster, cluster_image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_watch, "BRIEF_S", 1)
+    monkeypatch.setattr(status, "BRIEF_S", 1)
     watched = Watched(submit(cluster, job(cluster_image), env_from_secret={"PASSWORD": "absent/key"}))
     assert watched.state == State("FAILED", 'the container cannot be made: secret "absent" not found')
 

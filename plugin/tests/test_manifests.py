@@ -131,7 +131,7 @@ def test_of_a_template_all_survives_but_what_names_and_runs_the_job() -> None:
     spec, theirs = job["spec"]["template"]["spec"], template["spec"]["template"]["spec"]
     for key in ("nodeSelector", "tolerations", "serviceAccountName", "imagePullSecrets", "initContainers"):
         assert spec[key] == theirs[key]
-    assert job["metadata"]["annotations"] == template["metadata"]["annotations"]
+    assert job["metadata"]["annotations"].items() >= template["metadata"]["annotations"].items()
     assert job["metadata"]["labels"]["team"] == job["spec"]["template"]["metadata"]["labels"]["team"] == "vision"
     assert job["spec"]["ttlSecondsAfterFinished"] == 100
     assert job["spec"]["backoffLimit"] == 3

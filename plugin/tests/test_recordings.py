@@ -1,12 +1,13 @@
 """Every recording of a real cluster is played to the plugin, which has to say how the job ended and why."""
 
 import re
+import time
 from dataclasses import dataclass, field
 
 import pytest
 
 from api_server import ApiServer, Fault
-from mlproject_backends import JobError, job_watch
+from mlproject_backends import JobError, status
 from mlproject_backends.config import Config
 from mlproject_backends.job import Job, State
 from mlproject_backends.kubernetes import KubernetesTarget
@@ -83,7 +84,7 @@ def test_there_is_an_ending_for_every_recording() -> None:
 
 @pytest.mark.parametrize("name", ENDINGS)
 def test_recording(name: str, api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_watch, "BRIEF_S", 0.3)
+    monkeypatch.setattr(status, "BRIEF_S", 0.3)
     recording, ending = Recording(name), ENDINGS[name]
     api_server.controller = Replay(recording)
     told: list[str] = []
@@ -128,6 +129,35 @@ def test_a_job_that_its_ttl_took_before_anyone_looked_has_failed(api_server: Api
         assert state.status == "FAILED"
         assert "ttlSecondsAfterFinished" in state.reason
     submitted.clean_up()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "option"),
+    [
+        ("image-pull", "cannot pull the image", "image-timeout-s"),
+        ("unschedulable", "Insufficient memory", "pending-timeout-s"),
+    ],
+)
+def test_a_stuck_job_that_nobody_watches_is_given_up_by_whoever_asks(
+    name: str, words: str, option: str, api_server: ApiServer
+) -> None:
+    api_server.controller = Replay(Recording(name), watched=False)
+    patient = KubernetesTarget(Config("kubernetes", image_timeout_s=10**9, pending_timeout_s=10**9)).submit(JOB)
+    deadline = time.monotonic() + 10
+    while words not in patient.state().reason:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    waiting = patient.state()
+    assert waiting.status == "SCHEDULED"
+    [sent] = api_server.store.list("jobs")[0]
+    api_server.store.put(
+        "jobs", {**sent, "metadata": {**sent["metadata"], "annotations": {f"mlproject.{option}": "1"}}}
+    )
+    hasty = KubernetesTarget(Config("kubernetes")).find(patient.tags)
+    state = hasty.state()
+    assert (state.status, state.reason) == ("FAILED", f"{waiting.reason}; given up after 1 s ({option})")
+    hasty.clean_up()
+    assert api_server.store.list("jobs")[0] == []
 
 
 def refusals() -> list[tuple[str, int, str]]:

@@ -80,8 +80,7 @@ class JobRun(SubmittedRun):
             backend, kube_context=tags.get("mlproject.kube_context"), namespace=tags.get("mlproject.kube_namespace")
         )
         found = cls(run_id, make_target(config).find(tags), client)
-        if RunStatus.is_terminated(RunStatus.from_string(run.info.status)) and TAG_REASON in tags:
-            found._ended = State(run.info.status, tags[TAG_REASON])
+        found._ended = _settled(run)
         return found
 
     @property
@@ -161,9 +160,15 @@ class JobRun(SubmittedRun):
         return watching.wait()
 
     def _settle(self, state: State) -> State:
-        """End the run as the job ended. A status that the script itself gave to a job that went well stays."""
+        """End the run as the job ended. A status that the script itself gave to a job that went well stays.
+
+        Of two processes that look at a job the first one's reason stays.
+        """
         run_id = self._run_id
         run = self._client.get_run(run_id)
+        if settled := _settled(run):
+            self._ended = settled
+            return settled
         script = run.info.status
         if state.status == "FINISHED" and script in ("FAILED", "KILLED"):
             state = State(script, f"the command exited with 0 and ended its run as {script}", 0)
@@ -257,6 +262,12 @@ def _run(client: MlflowClient, run_id: str) -> Run:
         return client.get_run(run_id)
     except MlflowException as error:
         raise JobError(f"no run {run_id} on the tracking server: {_first_line(error)}") from None
+
+
+def _settled(run: Run) -> State | None:
+    """How a run ended that was settled before."""
+    ended = RunStatus.is_terminated(RunStatus.from_string(run.info.status))
+    return State(run.info.status, run.data.tags[TAG_REASON]) if ended and TAG_REASON in run.data.tags else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 from mlproject_backends import JobError, Unreachable
 from mlproject_backends.cluster import Cluster, Refused
-from mlproject_backends.config import Config
 from mlproject_backends.following import Connection, Inbox, PodLog, Watcher
 from mlproject_backends.job import Output, State, Tell
 from mlproject_backends.manifests import JOB_NAME, MAIN
 from mlproject_backends.status import (
+    Obstacle,
     Patience,
+    given_up,
     gone,
     has_log,
     kubernetes_obstacle,
@@ -27,7 +28,6 @@ from mlproject_backends.status import (
     retry_progress,
 )
 
-BRIEF_S = 10
 DRAIN_S = 30  # for the last words of pods that are being stopped, after the time that Kubernetes gives them
 AT_ONCE = 10_000  # lines that may wait to be shown
 
@@ -35,17 +35,9 @@ AT_ONCE = 10_000  # lines that may wait to be shown
 class JobWatch:
     """Used once, by one thread: all that the threads find out is handled in run()."""
 
-    def __init__(
-        self, cluster: Cluster, name: str, config: Config, cancelled: Callable[[], bool], tell: Tell, output: Output
-    ):
+    def __init__(self, cluster: Cluster, name: str, cancelled: Callable[[], bool], tell: Tell, output: Output):
         self._cluster, self._name, self._cancelled = cluster, name, cancelled
         self._tell, self._output = tell, output
-        self._limits = {
-            Patience.NONE: (0, ""),
-            Patience.BRIEF: (BRIEF_S, ""),
-            Patience.IMAGE: (config.image_timeout_s, "image-timeout-s"),
-            Patience.PENDING: (config.pending_timeout_s, "pending-timeout-s"),
-        }
         self._inbox: Inbox = queue.Queue(AT_ONCE)
         self._connection = Connection(self._inbox, tell, self._fail)
         self._job: dict[str, Any] | None = None
@@ -54,7 +46,8 @@ class JobWatch:
         self._logs: dict[str, PodLog] = {}
         self._state: State | None = None  # once it has ended
         self._failure: Exception | None = None
-        self._blocked: tuple[Patience, float] | None = None  # what by, since when
+        self._obstacle: Obstacle | None = None
+        self._blocked_since = 0.0  # when the first obstacle of its kind was seen
         self._told: set[tuple[str, str]] = set()
         self._shown_at = 0.0  # when the last line came
 
@@ -164,10 +157,9 @@ class JobWatch:
             self._end(state)
             return
         obstacle = kubernetes_obstacle(self._job, pods, events)
-        if obstacle is None:
-            self._blocked = None
-        elif not self._blocked or self._blocked[0] is not obstacle.patience:
-            self._blocked = (obstacle.patience, time.monotonic())
+        if obstacle and (not self._obstacle or self._obstacle.patience is not obstacle.patience):
+            self._blocked_since = time.monotonic()
+        self._obstacle = obstacle
         if obstacle and obstacle.patience is not Patience.NONE:
             self._tell_once("", obstacle.reason)
         if self._job["spec"].get("suspend"):
@@ -188,19 +180,17 @@ class JobWatch:
             self._state = state
 
     def _time_left(self) -> float | None:
-        if not self._blocked:
+        if self._obstacle is None or self._job is None:
             return None
-        patience, since = self._blocked
-        return max(0.0, since + self._limits[patience][0] - time.monotonic())
+        limit_s, _ = given_up(self._job, self._obstacle)
+        return max(0.0, self._blocked_since + limit_s - time.monotonic())
 
     def _give_up_in_time(self) -> None:
         """Delete a Job that something keeps from running for too long: by itself it would wait for ever."""
-        if self._state or not self._blocked or self._time_left() or self._job is None:
+        if self._state or self._obstacle is None or self._job is None or self._time_left():
             return
-        obstacle = kubernetes_obstacle(self._job, list(self._pods.values()), list(self._events.values()))
-        limit_s, option = self._limits[self._blocked[0]]
-        reason = obstacle.reason if obstacle else "it cannot run"
-        self._end(State("FAILED", f"{reason}; given up after {limit_s} s ({option})" if option else reason))
+        _, state = given_up(self._job, self._obstacle)
+        self._end(state)
         with contextlib.suppress(JobError):  # it has failed in any case, and says why
             self._cluster.delete(self._cluster.path("jobs", self._name), propagationPolicy="Background")
 

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ from mlproject_backends.following import LogLines
 from mlproject_backends.job import Job, Output, State, Tell
 from mlproject_backends.job_watch import JobWatch
 from mlproject_backends.manifests import JOB_NAME, MAIN, Manifest, render
-from mlproject_backends.status import gone, has_log, kubernetes_state, rank
+from mlproject_backends.status import (
+    blocked_since,
+    given_up,
+    gone,
+    has_log,
+    kubernetes_obstacle,
+    kubernetes_state,
+    rank,
+)
 
 CONTEXT_TAG, NAMESPACE_TAG, JOB_TAG = "mlproject.kube_context", "mlproject.kube_namespace", "mlproject.kube_job"
+_CLOCKS = timedelta(minutes=1)  # this machine's and the cluster's may differ, and a launcher that watches comes first
 _PAUSES_S = (0.5, 1, 2, 4, 8)  # between the attempts to send something
 _COLLECTION = {"Secret": "secrets", "Service": "services", "Job": "jobs"}
 
@@ -82,14 +92,14 @@ class KubernetesTarget:
             with contextlib.suppress(JobError):
                 path = cluster.path(_COLLECTION[manifest["kind"]], job.name)
                 cluster.patch(path, {"metadata": {"ownerReferences": [owner]}})
-        return SubmittedJob(cluster, job.name, self._config, warnings)
+        return SubmittedJob(cluster, job.name, warnings)
 
     def find(self, tags: Mapping[str, str]) -> SubmittedJob:
         """The Job that an earlier submit() sent."""
         if JOB_TAG not in tags:
             raise JobError(f"the run has no tag {JOB_TAG}: it was not sent to Kubernetes")
         context = self._config.kube_context or tags.get(CONTEXT_TAG)
-        return SubmittedJob(Cluster.connect(context, tags.get(NAMESPACE_TAG)), tags[JOB_TAG], self._config)
+        return SubmittedJob(Cluster.connect(context, tags.get(NAMESPACE_TAG)), tags[JOB_TAG])
 
     def _connect(self) -> Cluster:
         namespace = self._config.namespace or self._template().get("metadata", {}).get("namespace")
@@ -114,10 +124,11 @@ class KubernetesTarget:
 class SubmittedJob:
     """A Job that was sent."""
 
-    def __init__(self, cluster: Cluster, name: str, config: Config, warnings: list[str] | None = None):
-        self._cluster, self._name, self._config = cluster, name, config
+    def __init__(self, cluster: Cluster, name: str, warnings: list[str] | None = None):
+        self._cluster, self._name = cluster, name
         self._warnings = warnings or []
         self._cancelled = threading.Event()
+        self._given_up = False
         self.tags: Mapping[str, str] = {JOB_TAG: name, NAMESPACE_TAG: cluster.namespace}
         if cluster.context != IN_CLUSTER:
             self.tags = {**self.tags, CONTEXT_TAG: cluster.context}
@@ -125,7 +136,7 @@ class SubmittedJob:
     def watch(self, tell: Tell, output: Output) -> State:
         for warning in dict.fromkeys(self._warnings):
             tell(f"the cluster warns: {warning}")
-        return JobWatch(self._cluster, self._name, self._config, self._cancelled.is_set, tell, output).run()
+        return JobWatch(self._cluster, self._name, self._cancelled.is_set, tell, output).run()
 
     def state(self) -> State:
         try:
@@ -135,7 +146,15 @@ class SubmittedJob:
                 raise
             return State("KILLED", "cancelled") if self._cancelled.is_set() else gone(self._name)
         events = self._found("events", fieldSelector=f"involvedObject.name={self._name}")
-        return kubernetes_state(job, self._pods(), events)  # of the pods' events, the pods themselves say enough
+        pods = self._pods()  # of their events, they themselves say enough
+        state = kubernetes_state(job, pods, events)
+        if state.status == "SCHEDULED" and (obstacle := kubernetes_obstacle(job, pods, events)):
+            limit_s, failed = given_up(job, obstacle)
+            waited = datetime.now(UTC) - blocked_since(job, pods)
+            if waited > timedelta(seconds=limit_s) + _CLOCKS:
+                self._given_up = True
+                return failed
+        return state
 
     def logs(self, output: Output) -> None:
         for pod in filter(has_log, self._pods()):
@@ -151,8 +170,11 @@ class SubmittedJob:
         _delete(self._cluster, "jobs", self._name)
 
     def clean_up(self) -> None:
-        """Delete the Secret and the Service; the Job stays for a day, or what its template says, to be looked at."""
-        for kind in ("secrets", "services"):
+        """Delete the Secret and the Service; the Job stays for a day, or what its template says, to be looked at.
+
+        One that was given up would wait for ever, and goes.
+        """
+        for kind in ("jobs", "secrets", "services") if self._given_up else ("secrets", "services"):
             with contextlib.suppress(JobError):
                 _delete(self._cluster, kind, self._name)
         self._cluster.close()

@@ -26,6 +26,7 @@ USER_ID = 1000  # an image whose USER is a name cannot prove that it is not root
 JOB_NAME = "batch.kubernetes.io/job-name"
 INDEX = "batch.kubernetes.io/job-completion-index"
 QUEUE = "kueue.x-k8s.io/queue-name"
+IMAGE_TIMEOUT, PENDING_TIMEOUT = "mlproject.image-timeout-s", "mlproject.pending-timeout-s"  # annotations of a Job
 NOT_SHOWN = "(not shown)"
 
 # Lists whose items have a name of their own: items of the same name are one item. All other lists are replaced.
@@ -211,7 +212,15 @@ def _needed(job: Job, config: Config, own_secrets: list[str]) -> Manifest:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": job.name, "labels": {**labels, **({QUEUE: config.queue} if config.queue else {})}},
+        "metadata": {
+            "name": job.name,
+            "labels": {**labels, **({QUEUE: config.queue} if config.queue else {})},
+            # For whoever looks at the job later: its launcher may be gone by then.
+            "annotations": {
+                IMAGE_TIMEOUT: str(config.image_timeout_s),
+                PENDING_TIMEOUT: str(config.pending_timeout_s),
+            },
+        },
         "spec": {**spec, "template": {"metadata": {"labels": labels}, "spec": pod}},
     }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from typing import Any
 
 from mlproject_backends.inside import CANNOT_START
 from mlproject_backends.job import State
-from mlproject_backends.manifests import INDEX, MAIN, waits_for_queue
+from mlproject_backends.manifests import IMAGE_TIMEOUT, INDEX, MAIN, PENDING_TIMEOUT, waits_for_queue
 
 CANCELLED = "-cancelled"
 """The end of the name of a container that cancel() has stopped: every process that looks at it sees why it ended."""
@@ -84,6 +85,8 @@ class Obstacle:
     reason: str
 
 
+BRIEF_S = 10
+
 _PULL_ADVICE = "check its name, that it was pushed, and the template's imagePullSecrets"
 _WAITING = {  # a container's waiting reason
     "ErrImagePull": (Patience.IMAGE, "cannot pull the image {image}: {words}; " + _PULL_ADVICE),
@@ -138,6 +141,24 @@ def kubernetes_obstacle(
     if len(alive) < job["spec"].get("parallelism", 1) and creations and creations[-1]["reason"] == "FailedCreate":
         return _refused_pod(creations[-1]["message"])
     return None
+
+
+def given_up(job: Mapping[str, Any], obstacle: Obstacle) -> tuple[float, State]:
+    """How many seconds an obstacle of a Job is borne with, and how the Job ends when they have passed."""
+    annotations = job["metadata"].get("annotations", {})
+    if obstacle.patience in (Patience.NONE, Patience.BRIEF):
+        return (BRIEF_S if obstacle.patience is Patience.BRIEF else 0), State("FAILED", obstacle.reason)
+    name = IMAGE_TIMEOUT if obstacle.patience is Patience.IMAGE else PENDING_TIMEOUT
+    limit_s, option = float(annotations[name]), name.removeprefix("mlproject.")
+    return limit_s, State("FAILED", f"{obstacle.reason}; given up after {limit_s:g} s ({option})")
+
+
+def blocked_since(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> datetime:
+    """The last time that a Job which an obstacle keeps from running came forward, by its cluster's clock."""
+    scheduled = [_condition(pod, "PodScheduled", status) for pod in pods for status in ("True", "False")]
+    times = [condition["lastTransitionTime"] for condition in scheduled if condition]
+    times.append(job["status"].get("startTime", job["metadata"]["creationTimestamp"]))
+    return max(datetime.fromisoformat(time) for time in times)
 
 
 def _pod_obstacle(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Obstacle | None:
