@@ -16,7 +16,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
 @dataclass(frozen=True)
 class S3Server:
+    """The server as one of its users sees it; first the one that owns the buckets and says what others may do."""
+
     endpoint: str
+    config: Path
+    """Ceph's configuration file."""
     access_key: str = ACCESS_KEY
     secret_key: str = SECRET_KEY
 
@@ -43,11 +47,11 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    def client(self) -> Any:
+    def client(self, service: str = "s3") -> Any:
         import boto3
 
         return boto3.client(
-            "s3",
+            service,
             endpoint_url=self.endpoint,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
@@ -58,6 +62,18 @@ class S3Server:
         name = f"test-{uuid.uuid4().hex[:12]}"
         self.client().create_bucket(Bucket=name)
         return name
+
+    def new_user(self, policy: str) -> "S3Server":
+        """The server as a new user sees it, who owns no bucket and may do what the IAM policy (JSON) allows."""
+        name, secret = f"user-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
+        keys = ("--access-key", name, "--secret-key", secret)
+        admin(self.config, "user", "create", "--uid", name, "--display-name", name, "--max-buckets=-1", *keys)
+        self.client("iam").put_user_policy(UserName=name, PolicyName="test", PolicyDocument=policy)
+        return replace(self, access_key=name, secret_key=secret)
+
+    def remove_keys(self) -> None:
+        """Take this user's keys away, as when they have been rotated."""
+        admin(self.config, "key", "rm", "--key-type", "s3", "--access-key", self.access_key)
 
 
 @pytest.fixture(scope="session")
@@ -161,19 +177,16 @@ def start(folder: Path, at_end: ExitStack) -> S3Server:
     endpoint = f"http://127.0.0.1:{port}"
     wait_for(endpoint, folder)
     keys = ("--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY)
-    do(
-        "radosgw-admin",
-        "-n",
-        "client.rgw",
-        "user",
-        "create",
-        "--uid",
-        "test",
-        "--display-name",
-        "test",
-        *keys,
-    )
-    return S3Server(endpoint)
+    admin(config, "user", "create", "--uid", "test", "--display-name", "test", *keys)
+    admin(config, "caps", "add", "--uid", "test", "--caps", "user-policy=*")
+    return S3Server(endpoint, config)
+
+
+def admin(config: Path, *words: str) -> None:
+    """A command to the server's administration."""
+    command = ["radosgw-admin", "--conf", str(config), "--name", "client.rgw", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
 
 
 def wait_for(url: str, folder: Path) -> None:
