@@ -90,10 +90,10 @@ def test_a_reader_lists_and_downloads(bucket: str, s3_server: S3Server, tmp_path
     assert read_all(artifacts, tmp_path / "down") == {"kept.txt": INSIDE.encode()}
 
 
-def refused(call: Callable[[], Any]) -> bool:
+def refused(call: Callable[..., Any], **request: Any) -> bool:
     """Whether the server says no, to the whole request or to every object of it."""
     try:
-        answer = call()
+        answer = call(**request)
     except ClientError as error:
         return error.response["Error"]["Code"] in ("AccessDenied", "403")
     return bool(answer.get("Errors")) and not answer.get("Deleted")
@@ -105,41 +105,41 @@ def test_nothing_outside_the_prefix(name: str, bucket: str, s3_server: S3Server)
     s3, before = user.client(), keys(s3_server, bucket)
     for key in OUTSIDE:
         folder = key.removesuffix("secret")
-        assert refused(lambda key=key: s3.get_object(Bucket=bucket, Key=key))
-        assert refused(lambda key=key: s3.head_object(Bucket=bucket, Key=key))
-        assert refused(lambda folder=folder: s3.list_objects_v2(Bucket=bucket, Prefix=folder))
-        assert refused(lambda key=key: s3.put_object(Bucket=bucket, Key=key, Body=b"changed"))
-        assert refused(lambda key=key: s3.create_multipart_upload(Bucket=bucket, Key=key))
-        assert refused(lambda key=key: s3.delete_object(Bucket=bucket, Key=key))
+        assert refused(s3.get_object, Bucket=bucket, Key=key)
+        assert refused(s3.head_object, Bucket=bucket, Key=key)
+        assert refused(s3.list_objects_v2, Bucket=bucket, Prefix=folder)
+        assert refused(s3.put_object, Bucket=bucket, Key=key, Body=b"changed")
+        assert refused(s3.create_multipart_upload, Bucket=bucket, Key=key)
+        assert refused(s3.delete_object, Bucket=bucket, Key=key)
         source = {"Bucket": bucket, "Key": key}
-        assert refused(lambda source=source: s3.copy_object(Bucket=bucket, Key=f"{RUN}/copy", CopySource=source))
-    assert refused(lambda: s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in OUTSIDE]}))
-    assert refused(lambda: s3.list_objects_v2(Bucket=bucket))
-    assert refused(lambda: s3.list_objects_v2(Bucket=bucket, Prefix=PREFIX))  # would show team/mlflow2
+        assert refused(s3.copy_object, Bucket=bucket, Key=f"{RUN}/copy", CopySource=source)
+    assert refused(s3.delete_objects, Bucket=bucket, Delete={"Objects": [{"Key": key} for key in OUTSIDE]})
+    assert refused(s3.list_objects_v2, Bucket=bucket)
+    assert refused(s3.list_objects_v2, Bucket=bucket, Prefix=PREFIX)  # would show team/mlflow2
     assert keys(s3_server, bucket) == before
 
 
 @pytest.mark.parametrize("name", ["server", "client", "reader", "dvc"])
 def test_nobody_gives_rights_away_or_removes_the_bucket(name: str, bucket: str, s3_server: S3Server) -> None:
     s3 = s3_server.new_user(policy(name, bucket)).client()
-    assert refused(lambda: s3.put_object_acl(Bucket=bucket, Key=INSIDE, ACL="public-read"))
-    assert refused(lambda: s3.put_bucket_policy(Bucket=bucket, Policy=policy("server", bucket)))
-    assert refused(lambda: s3.delete_bucket(Bucket=bucket))
-    assert refused(lambda: s3.create_bucket(Bucket=f"{bucket}-own"))
+    assert refused(s3.put_object_acl, Bucket=bucket, Key=INSIDE, ACL="public-read")
+    assert refused(s3.put_bucket_policy, Bucket=bucket, Policy=policy("server", bucket))
+    assert refused(s3.delete_bucket, Bucket=bucket)
+    assert refused(s3.create_bucket, Bucket=f"{bucket}-own")
 
 
 @pytest.mark.parametrize("name", ["client", "reader", "dvc"])
 def test_only_the_server_deletes(name: str, bucket: str, s3_server: S3Server) -> None:
     s3 = s3_server.new_user(policy(name, bucket)).client()
-    assert refused(lambda: s3.delete_object(Bucket=bucket, Key=INSIDE))
-    assert refused(lambda: s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": INSIDE}]}))
+    assert refused(s3.delete_object, Bucket=bucket, Key=INSIDE)
+    assert refused(s3.delete_objects, Bucket=bucket, Delete={"Objects": [{"Key": INSIDE}]})
     assert INSIDE in keys(s3_server, bucket)
 
 
 def test_a_reader_does_not_write(bucket: str, s3_server: S3Server) -> None:
     s3 = s3_server.new_user(policy("reader", bucket)).client()
-    assert refused(lambda: s3.put_object(Bucket=bucket, Key=INSIDE, Body=b"changed"))
-    assert refused(lambda: s3.create_multipart_upload(Bucket=bucket, Key=INSIDE))
+    assert refused(s3.put_object, Bucket=bucket, Key=INSIDE, Body=b"changed")
+    assert refused(s3.create_multipart_upload, Bucket=bucket, Key=INSIDE)
 
 
 def test_dvc_has_a_bucket_of_its_own(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
@@ -166,6 +166,6 @@ def test_dvc_has_a_bucket_of_its_own(bucket: str, s3_server: S3Server, tmp_path:
     cached.unlink()
     dvc("pull")
     assert data.read_bytes() == content
-    assert refused(lambda: user.client().get_object(Bucket=bucket, Key=INSIDE))
-    assert refused(lambda: user.client().list_objects_v2(Bucket=bucket))
-    assert refused(lambda: user.client().put_object(Bucket=bucket, Key=INSIDE, Body=b"changed"))
+    assert refused(user.client().get_object, Bucket=bucket, Key=INSIDE)
+    assert refused(user.client().list_objects_v2, Bucket=bucket)
+    assert refused(user.client().put_object, Bucket=bucket, Key=INSIDE, Body=b"changed")
