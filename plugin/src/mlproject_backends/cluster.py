@@ -22,6 +22,7 @@ import urllib3
 from kubernetes.config.config_exception import ConfigException
 
 from mlproject_backends import ConfigError, JobError, Unreachable, __version__
+from mlproject_backends.inside import first_line
 
 CONNECT_S, ANSWER_S = 10, 30
 IN_CLUSTER = "in-cluster"
@@ -62,7 +63,7 @@ class Cluster:
         try:
             contexts, current = config.list_kube_config_contexts(files)
         except Exception as error:  # whatever a YAML parser or the loader finds
-            raise ConfigError(f"the kubeconfig {files} cannot be read: {_first_line(error)}") from error
+            raise ConfigError(f"the kubeconfig {files} cannot be read: {first_line(error)}") from error
         names = sorted(entry["name"] for entry in contexts)
         chosen = next((entry for entry in contexts if entry["name"] == context), None) if context else current
         if not chosen:
@@ -70,7 +71,7 @@ class Cluster:
         try:
             config.load_kube_config(files, chosen["name"], configuration)
         except Exception as error:
-            raise ConfigError(f"context '{chosen['name']}' of {files} cannot be used: {_first_line(error)}") from error
+            raise ConfigError(f"context '{chosen['name']}' of {files} cannot be used: {first_line(error)}") from error
         return cls(configuration, chosen["name"], namespace or chosen["context"].get("namespace") or "default")
 
     @classmethod
@@ -166,7 +167,7 @@ class Cluster:
             if token := configuration.auth_settings().get("BearerToken"):  # made anew when it has expired
                 headers[token["key"]] = token["value"]
         except ConfigException as error:
-            raise Refused(f"the log-in of context '{self.context}' failed: {_first_line(error)}", 401) from error
+            raise Refused(f"the log-in of context '{self.context}' failed: {first_line(error)}", 401) from error
         if body is not None:
             headers["Content-Type"] = content_type
         query = f"?{urllib.parse.urlencode(parameters)}" if parameters else ""
@@ -238,8 +239,4 @@ def _warning_text(header: str) -> str:
 def _cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return getattr(error, "strerror", None) or _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)

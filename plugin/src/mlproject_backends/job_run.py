@@ -21,7 +21,7 @@ from mlflow.projects import SubmittedRun
 
 from mlproject_backends import JobError, Unreachable
 from mlproject_backends.config import DOCKER, KUBERNETES, Config
-from mlproject_backends.inside import CANNOT_START, TIMED_OUT
+from mlproject_backends.inside import CANNOT_START, TIMED_OUT, first_line
 from mlproject_backends.job import Output, State, Submitted, Target, Tell
 
 TAG_BACKEND, TAG_REASON, TAG_EXIT_CODE = "mlproject.backend", "mlproject.reason", "mlproject.exit_code"
@@ -137,7 +137,7 @@ class JobRun(SubmittedRun):
                 for line in Path(path).read_text(errors="replace").splitlines():
                     show(line)
         except (MlflowException, OSError) as error:
-            raise JobError(f"run {self._run_id} has no log among its artifacts: {_first_line(error)}") from None
+            raise JobError(f"run {self._run_id} has no log among its artifacts: {first_line(error)}") from None
 
     def wait(self) -> bool:
         return self.follow().status == "FINISHED"
@@ -254,21 +254,17 @@ class _Log:
                 self._file.close()
                 self._client.log_artifact(self._run_id, str(self._path), "logs")
             except (MlflowException, OSError) as reason:
-                tell(f"the log is not among the run's artifacts: {_first_line(reason)}")
+                tell(f"the log is not among the run's artifacts: {first_line(reason)}")
 
 
 def _run(client: MlflowClient, run_id: str) -> Run:
     try:
         return client.get_run(run_id)
     except MlflowException as error:
-        raise JobError(f"no run {run_id} on the tracking server: {_first_line(error)}") from None
+        raise JobError(f"no run {run_id} on the tracking server: {first_line(error)}") from None
 
 
 def _settled(run: Run) -> State | None:
     """How a run ended that was settled before."""
     ended = RunStatus.is_terminated(RunStatus.from_string(run.info.status))
     return State(run.info.status, run.data.tags[TAG_REASON]) if ended and TAG_REASON in run.data.tags else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
