@@ -36,7 +36,6 @@ def main(settings: Settings) -> None:
     from tempfile import TemporaryDirectory
 
     from data_loader.matching import check_matching
-    from models import scores
     from models.onnx_model import OnnxClassifier
     from utils import RunFailed
     from utils.artifacts import fetch_model
@@ -54,14 +53,14 @@ def main(settings: Settings) -> None:
                 check_matching(data, baseline.classes, baseline.image_shape)
             rows = data.rows[settings.split]
             labels_N = data.labels_N[rows]
-            logits_NK = predict_rows(classifier, data, rows, settings.batch_size)
-            summary = scores.summary(logits_NK, labels_N)
-            report(run, settings.split, data, rows, logits_NK, summary)
+            logits_NK = classifier.logits_of(data.images_NHWC, rows, settings.batch_size)
+            accuracy = report(run, settings.split, data, rows, logits_NK)
             if baseline:
-                compare(run, settings, logits_NK, predict_rows(baseline, data, rows, settings.batch_size), labels_N)
-            if summary["accuracy"] < settings.min_accuracy:
+                baseline_NK = baseline.logits_of(data.images_NHWC, rows, settings.batch_size)
+                compare(run, settings, logits_NK, baseline_NK, labels_N)
+            if accuracy < settings.min_accuracy:
                 raise RunFailed(
-                    f"accuracy {summary['accuracy']:.4f} on {settings.split} is below "
+                    f"accuracy {accuracy:.4f} on {settings.split} is below "
                     f"min_accuracy={settings.min_accuracy}; run {run.id} has the details"
                 )
 
@@ -87,33 +86,25 @@ def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier)
     )
 
 
-def predict_rows(classifier: OnnxClassifier, data: Dataset, rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """logits_NK of the given rows, read from the memory map batch by batch."""
-    import numpy as np
-    from tqdm import tqdm
-
-    starts = tqdm(range(0, len(rows), batch_size), unit="batch", desc="predicting", disable=None, leave=False)
-    return np.concatenate([classifier.logits(data.images_NHWC[rows[i : i + batch_size]]) for i in starts])
-
-
-def report(
-    run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.ndarray, summary: dict[str, float]
-) -> None:
-    """Everything about one model on one split: on the screen, as metrics, tables and pictures."""
+def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.ndarray) -> float:
+    """Everything about one model on one split: on the screen, as metrics, tables and pictures. Gives the accuracy."""
     from data_loader.pictures import image_grid
-    from models import pictures, scores
+    from models.pictures import reliability_diagram
+    from models.report import judge
+    from models.scores import per_class
 
     labels_N = data.labels_N[rows]
-    print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in summary.items()) + f" ({len(rows)} images)")
+    found = judge(logits_NK, labels_N, data.classes)
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.scores.items())
+    print(f"{split}: {numbers} ({len(rows)} images)")
     run.dataset(name=data.name, digest=data.digest, source=data.source, context=split, profile={"images": len(rows)})
-    run.metrics({f"{split}/{name}": value for name, value in summary.items()})
-    run.text(as_csv(scores.per_class(logits_NK, labels_N, data.classes)), "tables/per_class.csv")
-    matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
-    run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
-    run.picture(pictures.reliability_diagram(logits_NK, labels_N), "pictures/reliability.png")
-    worst, captions = scores.worst_mistakes(logits_NK, labels_N, data.classes)
-    if captions:
-        run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
+    run.metrics(found.metrics(split))
+    run.table(per_class(logits_NK, labels_N, data.classes), "tables/per_class.csv")
+    run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
+    run.picture(reliability_diagram(logits_NK, labels_N), "pictures/reliability.png")
+    if found.captions:
+        run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
+    return found.scores["accuracy"]
 
 
 def compare(run: Run, settings: Settings, logits_NK: np.ndarray, baseline_NK: np.ndarray, labels_N: np.ndarray) -> None:
@@ -135,18 +126,6 @@ def compare(run: Run, settings: Settings, logits_NK: np.ndarray, baseline_NK: np
     }
     run.metrics(baseline | {f"comparison/{name}": value for name, value in comparison.items()})
     run.json(comparison | {"baseline_uri": settings.baseline_uri}, "tables/comparison.json")
-
-
-def as_csv(table: list[dict[str, str | int | float]]) -> str:
-    """Rows of equal keys as CSV text with a header."""
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.artifacts import CHECKPOINTS, LATEST, NETWORK
+from utils.artifacts import CHECKPOINTS, LATEST, MODEL_FILE, NETWORK
 from utils.runtime import EXIT_TERMINATED, launch, stop_requested
 from utils.settings import setting
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --hel
 
     from data_loader.dataset import Dataset
     from models.training import TrainingState
-    from utils.compute import Compute
     from utils.tracking import Run
 
 
@@ -51,11 +50,12 @@ def main(settings: Settings) -> None:
     import torch
 
     from data_loader.augment import device_batches
-    from data_loader.batches import channel_statistics, steps_per_epoch
+    from data_loader.batches import evaluation_batches, steps_per_epoch
     from data_loader.dataset import load
     from models.checkpoint import NetworkSpec
     from models.optimisation import learning_rate_at, make_optimizer
-    from models.training import TrainingState, Window, train_step
+    from models.scores import loss_and_accuracy
+    from models.training import TrainingState, Window, predict_logits, train_step
     from utils.artifacts import checkpoint_to_go_on_from
     from utils.compute import Compute, make_deterministic
     from utils.progress import Progress
@@ -75,18 +75,8 @@ def main(settings: Settings) -> None:
         run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=data.profile())
         run.params({"data_digest": data.digest, **data.profile(), **compute.facts()})
 
-        height, width, channels = data.images_NHWC.shape[1:]
-        mean_C, std_C = channel_statistics(data.images_NHWC, data.rows["train"])
-        spec = NetworkSpec(
-            network=settings.network,
-            image_shape=(height, width, channels),
-            classes=data.classes,
-            mean_C=mean_C,
-            std_C=std_C,
-            dataset=settings.dataset,
-            data_digest=data.digest,
-        )
         torch.manual_seed(settings.seed)
+        spec = NetworkSpec(settings.network, dataset=settings.dataset, **data.facts())
         network = spec.build().to(compute.device)
         optimizer = make_optimizer(settings.optimizer, network, settings.weight_decay)
         recipe = {"batch_size": settings.batch_size, "optimizer": settings.optimizer, "seed": settings.seed}
@@ -109,7 +99,7 @@ def main(settings: Settings) -> None:
             rank=rank,
             world_size=world_size,
         )
-        window = Window()
+        val_rows, window = data.rows["val"], Window()
         with Progress(total_steps, done=state.step, shown=leads) as progress, stop_requested() as stop:
             for images_NHWC, labels_N in window.time(batches):
                 learning_rate = learning_rate_at(state.step, total_steps, settings.scheduler, settings.learning_rate)
@@ -127,13 +117,13 @@ def main(settings: Settings) -> None:
                 state.step += 1
                 progress.advance()
 
-                position = state.step % epoch_steps
-                epoch_ends = position == 0
-                stopping = compute.any(stop())
-                if stopping or position % settings.log_every == 0:
+                epoch_ends, stopping = state.step % epoch_steps == 0, compute.any(stop())
+                if stopping or state.step % epoch_steps % settings.log_every == 0:
                     run.metrics(window.close(state, compute.mean), step=state.step)
                 if epoch_ends:
-                    scores = validate(data, network, compute)
+                    share = evaluation_batches(data.images_NHWC, data.labels_N, val_rows[rank::world_size], 1024)
+                    share_NK = predict_logits(network, share, len(data.classes), compute.device, compute.precision)
+                    scores = loss_and_accuracy("val", compute.interleave(share_NK).numpy(), data.labels_N[val_rows])
                     state.finish_epoch(scores, learning_rate, network if settings.early_stopping else None)
                     run.metrics(scores, step=state.step)
                     progress.line(state.describe_epoch(settings.epochs))
@@ -150,59 +140,32 @@ def main(settings: Settings) -> None:
             report(settings, data, network, state, run)
 
 
-def validate(data: Dataset, network: torch.nn.Module, compute: Compute) -> dict[str, float]:
-    """Loss and accuracy on the validation split, which all processes share."""
-    from data_loader.batches import evaluation_batches
-    from models import scores
-    from models.training import predict_logits
-
-    rows, place = data.rows["val"], compute.place
-    batches = evaluation_batches(data.images_NHWC, data.labels_N, rows[place.rank :: place.world_size], 1024)
-    share_NK = predict_logits(network, batches, len(data.classes), compute.device, compute.precision)
-    logits_NK, labels_N = compute.interleave(share_NK).numpy(), data.labels_N[rows]
-    return {"val/loss": scores.log_loss(logits_NK, labels_N), "val/accuracy": scores.accuracy(logits_NK, labels_N)}
-
-
 def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: TrainingState, run: Run) -> None:
     """Export the model and judge it, as the file that ships, on the test split."""
-    import numpy as np
-
-    from data_loader.batches import evaluation_batches
     from data_loader.pictures import image_grid
-    from models import pictures, scores
     from models.checkpoint import save_network, weights_sha256
     from models.onnx_export import to_onnx
     from models.onnx_model import OnnxClassifier
-    from utils.artifacts import log_onnx_model
+    from models.pictures import learning_curves
+    from models.report import judge
 
-    if state.best_weights:
-        network.load_state_dict(state.best_weights)
+    network.load_state_dict(state.best_weights or network.state_dict())
     save_network(run.folder / NETWORK, network, state.spec)
     run.artifact(run.folder / NETWORK, CHECKPOINTS)
-    spec, onnx_file = state.spec, run.folder / "model.onnx"
+    spec, onnx_file, rows = state.spec, run.folder / MODEL_FILE, data.rows["test"]
     to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
     run.tags({"weights_sha256": weights_sha256(network.state_dict())})
-    rows = data.rows["test"]
-    example = np.array(data.images_NHWC[rows[:1]])
-    run.later(
-        lambda client: log_onnx_model(run.id, onnx_file, example, settings.register_as, step=state.step),
-        {"model": onnx_file.name, "register_as": settings.register_as},
-    )
+    run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step, register_as=settings.register_as)
 
-    classifier = OnnxClassifier(onnx_file)
-    batches = evaluation_batches(data.images_NHWC, data.labels_N, rows, 1024)
-    logits_NK = np.concatenate([classifier.logits(batch.images_NHWC) for batch in batches])
-    labels_N = data.labels_N[rows]
-    summary = scores.summary(logits_NK, labels_N)
-    run.metrics({f"test/{name}": value for name, value in summary.items()})
-    result = f"test accuracy {summary['accuracy']:.4f} on {len(rows)} images"
+    logits_NK = OnnxClassifier(onnx_file).logits_of(data.images_NHWC, rows)
+    found = judge(logits_NK, data.labels_N[rows], data.classes)
+    run.metrics(found.metrics("test"))
+    run.picture(learning_curves(state.history), "pictures/learning_curves.png")
+    run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
+    if found.captions:
+        run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
+    result = f"test accuracy {found.scores['accuracy']:.4f} on {len(rows)} images"
     run.tags({"mlflow.note.content": f"**{settings.network}** on **{settings.dataset}**: {result}"})
-    run.picture(pictures.learning_curves(state.history), "pictures/learning_curves.png")
-    matrix_KK = scores.confusion_matrix(logits_NK, labels_N)
-    run.picture(pictures.confusion_matrix(matrix_KK, data.classes), "pictures/confusion_matrix.png")
-    worst, captions = scores.worst_mistakes(logits_NK, labels_N, data.classes)
-    if captions:
-        run.picture(image_grid(data.images_NHWC[rows[worst]], captions), "pictures/worst_mistakes.png")
     run.flush()
     print(f"{result}; run {run.id}", flush=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_loader import DataError, cache, manifest
+from data_loader.batches import channel_statistics
 from data_loader.sources import Source, find
 
 
@@ -36,6 +37,17 @@ class Dataset:
         shape = "x".join(map(str, self.images_NHWC.shape[1:]))
         counts = {f"{split}_images": len(rows) for split, rows in self.rows.items()}
         return {"image_shape": shape, "classes": len(self.classes), **counts}
+
+    def facts(self) -> dict[str, Any]:
+        """What a network has to know of it; the mean and deviation are those of the training split's raw pixels."""
+        mean_C, std_C = channel_statistics(self.images_NHWC, self.rows["train"])
+        return {
+            "image_shape": self.images_NHWC.shape[1:],
+            "classes": self.classes,
+            "mean_C": mean_C,
+            "std_C": std_C,
+            "data_digest": self.digest,
+        }
 
 
 def load(dataset: str, *, data_dir: Path, image_size: int = 0, on_error: str = "fail") -> Dataset:

@@ -75,6 +75,13 @@ class OnnxClassifier:
             list(self._pool.map(run, starts))
         return logits_NK
 
+    def logits_of(self, images_NHWC: np.ndarray, rows_N: np.ndarray, batch_size: int = 1024) -> np.ndarray:
+        """logits_NK of some rows of a memory map, read batch by batch; a terminal shows how far it is."""
+        from tqdm import tqdm
+
+        starts = tqdm(range(0, len(rows_N), batch_size), unit="batch", desc="predicting", disable=None, leave=False)
+        return np.concatenate([self.logits(images_NHWC[rows_N[start : start + batch_size]]) for start in starts])
+
     def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, C] -> float64 [N, K]; every row sums to one."""
         return scores.probabilities(self.logits(images_NHWC))

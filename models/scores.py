@@ -103,6 +103,11 @@ def calibration_error(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
     return reliability(logits_NK, labels_N).calibration_error
 
 
+def loss_and_accuracy(split: str, logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    """The two numbers that each epoch is judged by, under the names of a split's metrics."""
+    return {f"{split}/loss": log_loss(logits_NK, labels_N), f"{split}/accuracy": accuracy(logits_NK, labels_N)}
+
+
 def summary(logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     """The four numbers that describe a model on a split."""
     return {

@@ -8,7 +8,9 @@ same where the script fails for a reason of its own.
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
 import json
 import os
 import shutil
@@ -40,6 +42,7 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
     if not enabled:
         yield Run(os.environ.get("MLFLOW_RUN_ID", ""), OUTPUTS, None)
         return
+    patience_s = _patience_s()
     # Our own retries keep the run alive; long ones inside the client would only hide an outage from us.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -52,7 +55,7 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
     client = mlflow.MlflowClient()
     folder = OUTPUTS / active.info.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    outbox = Outbox(client, active.info.run_id, folder, logged_params=set(active.data.params))
+    outbox = Outbox(client, active.info.run_id, folder, set(active.data.params), patience_s)
     run = Run(active.info.run_id, folder, outbox)
     status = "FAILED"
     try:
@@ -148,6 +151,23 @@ class Run:
             )
         )
 
+    def table(self, rows: list[dict[str, Any]], path: str) -> None:
+        """Store rows of equal keys as the artifact `path`, a CSV file with a header."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.text(text.getvalue(), path)
+
+    def model(self, path: Path, example: Any, *, step: int, register_as: str = "") -> None:
+        """Log an ONNX file as the run's model (see `log_onnx_model`)."""
+        from utils.artifacts import log_onnx_model
+
+        self.later(
+            lambda client: log_onnx_model(self.id, path, example, register_as, step=step),
+            {"model": path.name, "register_as": register_as},
+        )
+
     def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
         """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
         if self._outbox is None:
@@ -203,6 +223,14 @@ class Run:
         finally:
             left.set()
             thread.join()
+
+
+def _patience_s() -> float:
+    text = os.environ.get("TRACKING_PATIENCE_S", "600")
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"TRACKING_PATIENCE_S is '{text}' in the environment; allowed: a number of seconds") from None
 
 
 def _start_error(error: Exception, uri: str) -> Exception:
