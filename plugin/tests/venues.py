@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +119,9 @@ def tracked_at(uri: str, monkeypatch: pytest.MonkeyPatch, value: Any) -> Iterato
 class Server:
     """A real `mlflow server` that serves its artifacts; it can be killed and started again."""
 
+    options: tuple[str, ...] = ()  # more words of its command
+    environment: Mapping[str, str] = {}  # and of its environment
+
     def __init__(self, folder: Path, empty_store: Path, host: str, destination: str | None = None):
         self._database, self._folder = use_store(empty_store, folder, "mlflow-artifacts:/0"), folder
         self._destination = destination or str(folder / "artifacts")
@@ -131,11 +134,11 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", self._host]
         command += ["--port", str(self._port), "--backend-store-uri", self._database]
-        command += ["--artifacts-destination", self._destination, "--allowed-hosts", "*"]
+        command += ["--artifacts-destination", self._destination, "--allowed-hosts", "*", *self.options]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self.environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -3,6 +3,7 @@
 1. `--backend kubernetes` reaches this plugin: MLflow answers to that name before it looks at plugins.
 2. Without `--env-manager` and without conda, a conda_env project runs under uv, else virtualenv.
 3. A run whose environment cannot be made ends as FAILED with the reason; stock MLflow leaves it RUNNING for ever.
+4. A tracking server that refuses the sign-in, or a right, is told in one line on every backend.
 
 MLPROJECT_BACKENDS_ALIAS=0 switches all of them off. MLflow imports this module at every start (the entry point
 group mlflow.run_context_provider), so it imports next to nothing.
@@ -25,6 +26,12 @@ PLUGIN_NAME = "mlproject-kubernetes"
 OUR_BACKENDS = ("docker", PLUGIN_NAME)
 # The release lines whose code was read and is tested against.
 SUPPORTED_MAJOR = ("2", "3")
+
+SIGN_IN = {
+    "UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "PERMISSION_DENIED": "ask an administrator for EDIT on the experiment",
+}
+"""MLflow's error codes for a user whom the tracking server refuses, and what to do."""
 
 run_name: ContextVar[str | None] = ContextVar("run_name", default=None)
 """The --run-name of the run being started: MLflow hands it to no backend, and sets it only on runs that went well."""
@@ -57,10 +64,11 @@ def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     try:
         return wrapped(*call.args, **call.kwargs)
     except MlflowException as error:
-        if not ours or isinstance(error, ExecutionException):
+        advice = SIGN_IN.get(error.error_code)
+        if isinstance(error, ExecutionException) or not (ours or advice):
             raise
         # `mlflow run` shows any other one with its traceback: a tracking server that is away, a name it refuses.
-        raise ExecutionException(_in_one_line(error)) from error
+        raise ExecutionException(_in_one_line(error) if advice is None else _refusal(error, advice)) from error
     finally:
         run_name.reset(token)
 
@@ -136,6 +144,13 @@ def _in_one_line(error: Exception) -> str:
     """The error's first line and its last ones, which hold the cause where a program's output is quoted."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return "; ".join(lines if len(lines) < 4 else [lines[0], *lines[-2:]])
+
+
+def _refusal(error: Exception, advice: str) -> str:
+    answer = _in_one_line(error).rpartition("Response body: ")[2].strip("'").partition(". ")[0]
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    who = f"the user '{user}'" if user else "who is not signed in"
+    return f"the tracking server refuses {who} ({answer}); {advice}"
 
 
 def _install(projects: Any) -> None:
