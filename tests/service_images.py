@@ -1,0 +1,97 @@
+"""Stand-ins for the images of services/compose.yaml that cannot be pulled: the real programs of this machine with the
+conventions of the published images, under their names.
+
+Nothing is downloaded: a program comes along with the libraries that it is linked with, as the dynamic linker finds them
+here, and the Dockerfiles in stand_ins/ begin from nothing. An image that was pulled is left as it is.
+"""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import docker.errors
+
+FOLDER = Path(__file__).resolve().parent / "stand_ins"
+LABEL = "stand-in"
+SHELL = "sh bash cat chmod chown dirname env id ln ls mkdir printf rm sed setpriv sleep uname".split()
+POSTGRESQL = "postgres initdb pg_ctl pg_isready createdb psql pg_dump pg_restore dropdb".split()
+MARIADB = "mariadbd mariadb mariadb-install-db my_print_defaults resolveip basename hostname".split()
+PROGRAMS = {
+    "postgresql": [*SHELL, *(f"/usr/lib/postgresql/15/bin/{name}" for name in POSTGRESQL)],
+    "mariadb": [*SHELL, *MARIADB],
+    "s3": [*SHELL, "curl", "weed"],
+    "proxy": ["caddy"],
+}
+FOLDERS = {
+    "postgresql": ["/usr/lib/postgresql/15/lib", "/usr/share/postgresql/15", "/usr/lib/locale/C.utf8", "/usr/share/zoneinfo"],
+    "mariadb": ["/usr/share/mysql"],
+}
+LEFT_OUT = {"llvmjit.so"}  # and with it 100 MB of a compiler
+LINKS = {name: f"usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}
+
+
+def make_stand_in(engine: Any, service: str, tag: str) -> None:
+    """Make the image for a service of compose.yaml, unless one was pulled."""
+    try:
+        if LABEL not in (engine.inspect_image(tag)["Config"].get("Labels") or {}):
+            return
+    except docker.errors.ImageNotFound:
+        pass
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as tar:
+        for path in (FOLDER / service).iterdir():
+            tar.add(path, path.name)
+        files = file_system(service)
+        entry = tarfile.TarInfo("files.tar")
+        entry.size = len(files)
+        tar.addfile(entry, io.BytesIO(files))
+    context.seek(0)
+    said = list(engine.build(fileobj=context, custom_context=True, tag=tag, labels={LABEL: ""}, rm=True, decode=True))
+    assert "error" not in said[-1], said[-1]["error"]
+
+
+def file_system(service: str) -> bytes:
+    """A tar archive of a service's programs, of what they are linked with, and of the folders that they read."""
+    paths = {Path(find(name)) for name in PROGRAMS[service]}
+    for folder in FOLDERS.get(service, ()):
+        paths |= {path for path in Path(folder).rglob("*") if path.is_file() and path.name not in LEFT_OUT}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", dereference=True) as tar:
+        for name, target in LINKS.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for path in sorted(paths | libraries(paths)):
+            tar.add(path, place(path))
+        tar.addfile(tarfile.TarInfo("etc/group"))
+        tar.addfile(tarfile.TarInfo("etc/passwd"))
+    return buffer.getvalue()
+
+
+def find(name: str) -> str:
+    """A program of this machine, or of the environment that the tests run in; without it the test is skipped."""
+    from conftest import missing
+
+    places = [str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"]
+    return shutil.which(name, path=os.pathsep.join(places)) or missing(f"there is no {name} to make an image of")
+
+
+def place(path: Path) -> str:
+    """Where a file goes: where it lies, with /lib and the like in /usr, and programs of the environment in /usr/bin."""
+    if path.is_relative_to(sys.prefix):
+        return f"usr/bin/{path.name}"
+    return str(path).lstrip("/") if path.parts[1] == "usr" else f"usr{path}"
+
+
+def libraries(paths: Iterable[Path]) -> set[Path]:
+    """All that the programs and libraries among `paths` are linked with."""
+    linked = [path for path in paths if path.read_bytes()[:4] == b"\x7fELF"]
+    listed = subprocess.run(["ldd", *linked], capture_output=True, text=True).stdout
+    return {Path(found) for found in re.findall(r"(/\S+) \(0x", listed)}
