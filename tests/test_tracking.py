@@ -153,7 +153,7 @@ def test_a_server_that_never_comes_back_ends_the_run_with_everything_on_disk(
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and "did not answer for 3 s" in told[0]
+    assert len(told) == 1 and "for 3 s the tracking server did not take" in told[0]
     (folder,) = (tmp_path / "outputs").iterdir()
     assert str(folder) in told[0]
     assert "Traceback" not in err
@@ -196,7 +196,7 @@ def test_when_script_and_server_fail_both_are_told_and_everything_is_kept(
         (tmp_path / "note.txt").unlink()
         _ = 1 / 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and "did not answer for 1 s" in told[0]
+    assert len(told) == 1 and "for 1 s the tracking server did not take" in told[0]
     folder = tmp_path / "outputs" / run.id
     assert str(folder) in told[0]
     unsent = [json.loads(line) for line in (folder / "unsent.jsonl").read_text().splitlines()]

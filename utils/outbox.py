@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -42,9 +43,14 @@ class Letter:
     """The kept file that `send` sends; it goes when it has been sent or a newer one of its series is there."""
     series: str = ""
 
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.store[0] if self.store else "what the run logged"
+
     def done(self) -> None:
         if self.file is not None:
-            shutil.rmtree(self.file.parent)
+            shutil.rmtree(self.file.parent, ignore_errors=True)
 
 
 class Outbox:
@@ -53,8 +59,9 @@ class Outbox:
     Every method returns at once but `flush` and `close`.
     """
 
-    def __init__(self, client: Any, run_id: str, folder: Path, logged_params: set[str]):
+    def __init__(self, client: Any, run_id: str, folder: Path, logged_params: set[str], patience_s: float):
         self.logged_params = logged_params
+        self._patience_s = patience_s
         self._client = client
         self._run_id = run_id
         self._folder = folder
@@ -127,26 +134,27 @@ class Outbox:
 
     def _deliver(self, letter: Letter) -> None:
         """Send a letter, again and again while the server is away; once it is given up, keep everything."""
-        patience_s = float(os.environ.get("TRACKING_PATIENCE_S", "600"))
-        away_since, pause_s = None, RETRY_FIRST_S
+        patience = f"{self._patience_s:.0f} s"
+        failing_since, pause_s = None, RETRY_FIRST_S
         while self._lost is None:
             try:
                 self._send(letter)
-                letter.done()
             except Exception as error:
+                why = f"{letter.name} ({_brief(error)})"
                 if not _may_pass(error):
-                    self._give_up(f"the tracking server did not take what the run logged ({_brief(error)})")
-                elif away_since is None:
-                    away_since = time.monotonic()
-                    _tell(
-                        f"the tracking server is away ({_brief(error)}); trying for {patience_s:.0f} s, the run goes on"
-                    )
-                elif time.monotonic() - away_since > patience_s:
-                    self._give_up(f"the tracking server did not answer for {patience_s:.0f} s ({_brief(error)})")
+                    self._give_up(f"the tracking server refused {why}")
+                    break
+                if failing_since is None:
+                    failing_since = time.monotonic()
+                    _tell(f"the tracking server did not take {why}; trying for {patience}, the run goes on")
+                elif time.monotonic() - failing_since > self._patience_s:
+                    self._give_up(f"for {patience} the tracking server did not take {why}")
+                    break
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, RETRY_LONGEST_S)
             else:
-                if away_since is not None:
+                letter.done()
+                if failing_since is not None:
                     _tell("the tracking server is back")
                 return
         self._save(letter)
@@ -182,9 +190,9 @@ class Outbox:
                 path = self._folder / UNSENT / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path)
+            letter.done()
         except Exception as error:  # such as a full disk; the rest of the letters may still fit
             _tell(f"not even kept: {[letter.store and letter.store[0], *records]} ({_brief(error)})")
-        letter.done()
 
 
 FINAL_CODES = {
@@ -198,6 +206,8 @@ FINAL_CODES = {
 """MLflow's error codes (mlflow.protos.databricks_pb2.ErrorCode) that trying again cannot mend."""
 
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+_PASSING_STATUSES = {408, 409, 425, 429}
+"""HTTP's 4xx that say nothing about the request itself."""
 _CLIENTS = {"boto3", "botocore", "mlflow", "requests", "s3transfer", "sqlalchemy", "urllib3"}
 
 
@@ -207,13 +217,29 @@ def _may_pass(error: Exception) -> bool:
         return False
     if getattr(error, "error_code", None) in FINAL_CODES:
         return False
+    status = _http_status(error)
+    if 400 <= status < 500 and status not in _PASSING_STATUSES:
+        return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
 
 
+def _http_status(error: BaseException | None) -> int:
+    """The status of the HTTP answer behind an error; 0 where there was none."""
+    if error is None:
+        return 0
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        return int(response["ResponseMetadata"]["HTTPStatusCode"])
+    if response is not None:  # requests'
+        return int(response.status_code)
+    return _http_status(error.__cause__ or error.__context__)
+
+
 def _brief(error: BaseException) -> str:
-    """The first line of an error, cut where connection errors begin to repeat themselves."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """The first line of an error; of a request that was tried several times, what ended the last try."""
+    line = next(iter(str(error).splitlines()), "")
+    cause = re.search(r"\(Caused by \w+\(['\"](.*)['\"]\)\)", line)
+    return f"{type(error).__name__}: {cause[1] if cause else line}"[:300]
 
 
 def _tell(text: str) -> None:
