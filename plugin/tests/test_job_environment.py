@@ -25,6 +25,7 @@ def test_what_the_run_and_its_stores_need_travels_and_nothing_else() -> None:
         "MLFLOW_S3_ENDPOINT_URL": "http://s3.example.org",
         "AWS_DEFAULT_REGION": "eu-central-1",
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
         "PYTHONUNBUFFERED": "1",
     }
     assert found.secrets == {"MLFLOW_TRACKING_PASSWORD": "pw", "AWS_SESSION_TOKEN": "token"}

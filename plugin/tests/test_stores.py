@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from cluster import host_of_containers
 from object_storage import ObjectStorage
 from venues import PROJECT, Server, Venue, tracked_at, use_store, wait_for_line
 
 pytestmark = pytest.mark.slow
 
+MULTIPART_FROM = "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE"
 BAD_SECRET = "not-the-secret-of-storage"
 
 
@@ -30,16 +34,20 @@ def in_s3(
     yield from tracked_at(uri, monkeypatch, object_storage)
 
 
-@pytest.fixture
+@pytest.fixture(params=["127.0.0.1", "bridge"])
 def proxied(
-    object_storage: ObjectStorage, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    engine: Any,
+    object_storage: ObjectStorage,
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Server]:
-    """A tracking server that alone knows the bucket."""
-    server = Server(tmp_path / "server", empty_store, "127.0.0.1", f"s3://runs/{tmp_path.name}")
-    with pytest.MonkeyPatch.context() as known_to_server:
-        for name, value in object_storage.environment().items():
-            known_to_server.setenv(name, value)
-        server.start()
+    """A tracking server that alone knows the bucket; one at the bridge's address has its jobs there, away from S3."""
+    host = host_of_containers(engine) if request.param == "bridge" else request.param
+    server = Server(tmp_path / "server", empty_store, host, f"s3://runs/{tmp_path.name}")
+    server.environment = object_storage.environment()
+    server.start()
     yield from tracked_at(server.uri, monkeypatch, server)
     server.stop()
 
@@ -77,8 +85,27 @@ def test_a_wrong_secret_is_said_in_one_line(job_image: str, in_s3: ObjectStorage
 
 def test_the_server_serves_what_only_it_can_reach(job_image: str, proxied: Server) -> None:
     assert "AWS_SECRET_ACCESS_KEY" not in os.environ
-    venue = Venue("docker", lambda run: None, {"image": job_image})
-    run = venue.client.get_run(venue.run("environment").run_id)
+    # MLflow's client would ask this server where S3 is, for every download and, with this limit, for every upload.
+    venue = Venue("docker", lambda run: None, {"image": job_image, "env": {MULTIPART_FROM: "1"}})
+    run = venue.client.get_run(venue.run("metric").run_id)
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
-    assert venue.log_of(run.info.run_id)
+    read = venue.run("read", file=f"runs:/{run.info.run_id}/note.txt")
+    assert "written by the job" in venue.log_of(read.run_id)
+
+
+@pytest.mark.parametrize("proxied", ["bridge"], indirect=True)
+def test_those_jobs_cannot_reach_s3(
+    engine: Any, base_image: str, proxied: Server, object_storage: ObjectStorage
+) -> None:
+    """The test above is about something: the server points at S3, and a container on the bridge is not let in."""
+    (port,) = re.findall(r":(\d+)$", object_storage.endpoint)
+    information = json.load(urllib.request.urlopen(f"{proxied.uri}/api/3.0/mlflow/server-info", timeout=30))
+    assert information["multipart_downloads_enabled"] and information["multipart_uploads_enabled"]
+    for host in ("127.0.0.1", host_of_containers(engine)):
+        connect = f"import socket; socket.create_connection(('{host}', {port}), timeout=5)"
+        container = engine.create_container(base_image, ["python3", "-c", connect])["Id"]
+        engine.start(container)
+        assert engine.wait(container)["StatusCode"] == 1
+        assert b"ConnectionRefusedError" in engine.logs(container)
+        engine.remove_container(container)

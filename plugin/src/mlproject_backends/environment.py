@@ -52,8 +52,10 @@ def job_environment(config: Config, tracking_uri: str, artifact_root: str, here:
             raise ConfigError(f"'env' names {name}, which is not set here; set it, or give it a value in 'env'")
         values[name] = here[name] if value is None else value
     values["MLFLOW_TRACKING_URI"] = _absolute(uri)
-    # Otherwise a server that serves artifacts sends the client to S3 itself, which a job may not reach.
+    # Otherwise a server that serves artifacts sends the client to S3 itself, which a job may not reach: for every
+    # download, and for uploads of 500 MB and more.
     values.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    values.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     values.setdefault("PYTHONUNBUFFERED", "1")  # its output is followed live
     for name in config.env_from_secret:
         values.pop(name, None)
