@@ -7,8 +7,10 @@
     python services/users.py remove NAME
 
 The server is MLFLOW_TRACKING_URI; who asks is MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, an administrator
-or, for `password`, the user. New passwords are asked for, or read as the first line of standard input; they are never
-arguments. It needs nothing but Python: it also runs on a server's host where no MLflow is installed.
+or, for `password`, the user. Where none of these is set, it is the server of services/.env and its administrator. New
+passwords are asked for, or read as the first line of standard input; they are never arguments.
+
+Standard library only: this runs on hosts that have nothing but Python.
 """
 
 from __future__ import annotations
@@ -25,16 +27,12 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+import settings
+from settings import Refused
+
+VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 TIMEOUT_S = 20
 LEVELS = ("READ", "EDIT", "MANAGE", "DENY")
-
-
-class Refused(Exception):
-    """One line for the user."""
-
-    def __init__(self, text: str, exit_code: int = 2):
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 class Server:
@@ -44,14 +42,18 @@ class Server:
         self.uri, self.username, self.password = uri.rstrip("/"), username, password
 
     @classmethod
-    def from_environment(cls) -> Server:
-        """The server that the variables of MLflow's own clients name."""
-        names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-        if absent := [name for name in names if not os.environ.get(name)]:
+    def chosen(cls) -> Server:
+        """The server that the variables of MLflow's own clients name, else the one that services/.env describes."""
+        values = {name: os.environ.get(name, "") for name in VARIABLES}
+        if not any(values.values()) and settings.FILE.exists():
+            here = settings.load()
+            host = "127.0.0.1" if here["BIND"] in ("0.0.0.0", "::") else here["BIND"]
+            return cls(f"http://{host}:{here['MLFLOW_PORT']}", here["ADMIN_USERNAME"], here["ADMIN_PASSWORD"])
+        if absent := [name for name, value in values.items() if not value]:
             raise Refused(
                 f"{', '.join(absent)} not set; needed: the server's address, an administrator's name and password"
             )
-        uri, username, password = (os.environ[name] for name in names)
+        uri, username, password = values.values()
         if not uri.startswith(("http://", "https://")):
             raise Refused(f"MLFLOW_TRACKING_URI is '{uri}'; only a server has users: give its http(s):// address")
         return cls(uri, username, password)
@@ -182,13 +184,7 @@ def main() -> None:
     command.set_defaults(action=grant)
     given = vars(parser.parse_args())
     action, _ = given.pop("action"), given.pop("command")
-    try:
-        action(Server.from_environment(), **given)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    settings.run(lambda: action(Server.chosen(), **given))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def launch(main: Callable[[SettingsT], None], settings_class: type[SettingsT], *
     # core that is time lost: on two cores, beside one busy process, training took three to five times as long as with
     # 3,000 rounds; alone it made no difference. To be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # A tracking server that serves artifacts sends MLflow's client to its own S3 server, for every download and for large
-    # uploads. Where that is out of reach, the client tries for two minutes; through the tracking server it always goes.
+    # A tracking server that serves artifacts sends MLflow's client to its own S3 server, for downloads and for large
+    # uploads. Where that is out of reach the client tries for two minutes; through the tracking server it always goes.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     if imports:
