@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
         baseline = None
         if settings.baseline_uri:
             baseline = OnnxClassifier(fetch_model(settings.baseline_uri, Path(folder) / "baseline").path)
-        with start_run(settings, "evaluate") as run:
+        with start_run(settings, "evaluate", about=("evaluate", settings.model_uri)) as run:
             data = load_data(settings, model.run_id, classifier)
             if baseline:
                 check_matching(data, baseline.classes, baseline.image_shape)
@@ -96,6 +96,7 @@ def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.
     labels_N = data.labels_N[rows]
     found = judge(logits_NK, labels_N, data.classes)
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.scores.items())
+    run.describe(found.markdown(split, len(rows)))
     print(f"{split}: {numbers} ({len(rows)} images)")
     run.dataset(name=data.name, digest=data.digest, source=data.source, context=split, profile={"images": len(rows)})
     run.metrics(found.metrics(split))

@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
     from data_loader.pictures import class_histogram, sample_grid
     from utils import tracking
 
-    with tracking.start_run(settings, entry_point="load_data") as run:
+    with tracking.start_run(settings, entry_point="load_data", about=("load_data", settings.dataset)) as run:
         dataset = load(
             settings.dataset,
             data_dir=Path(settings.data_dir),
@@ -49,10 +49,12 @@ def main(settings: Settings) -> None:
         run.json(dataset.manifest, "manifest.json")
         run.picture(class_histogram(dataset), "pictures/class_histogram.png")
         run.picture(sample_grid(dataset, settings.seed), "pictures/samples.png")
+        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in dataset.rows.items())
+        found = f"{len(dataset.labels_N):,} images ({sizes}) of {len(dataset.classes)} classes"
+        run.describe(f"**{dataset.name}**: {found}; {len(bad)} bad files left out. Digest `{dataset.digest}`.")
 
     height, width, channels = dataset.images_NHWC.shape[1:]
-    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in dataset.rows.items())
-    print(f"{dataset.name}: {len(dataset.labels_N):,} images ({sizes}) of {len(dataset.classes)} classes")
+    print(f"{dataset.name}: {found}")
     print(f"  image   {height}x{width}x{channels} uint8")
     print(f"  digest  {dataset.digest}")
     for entry in bad[:10]:

@@ -53,7 +53,8 @@ def main(settings: Settings) -> None:
         model = fetch_model(settings.model_uri, Path(folder))
         classifier = OnnxClassifier(model.path, settings.threads)
         check_top_k(settings.top_k, classifier)
-        with start_run(settings, "predict", enabled=tracked(settings)) as run:
+        about = ("predict", settings.model_uri)
+        with start_run(settings, "predict", about=about, enabled=tracked(settings)) as run:
             started, predicted, bad = time.perf_counter(), 0, 0
             with (
                 open_table(settings.output, columns(settings.top_k)) as table,
@@ -131,6 +132,7 @@ def report(run: Run, output: str, predicted: int, bad: int, seconds: float) -> N
     print(f"{predicted} images predicted, {bad} bad, {per_second:.0f} images/s; table: {output}")
     run.metrics({"images": predicted, "bad_images": bad, "images_per_s": per_second})
     run.tags({"output": output})
+    run.describe(f"**{predicted:,} images** predicted, {bad:,} bad, {per_second:,.0f} images/s; table: `{output}`")
     if not output.startswith("s3://") and Path(output).stat().st_size <= LARGEST_ARTIFACT_BYTES:
         run.artifact(Path(output), "predictions")
 

@@ -64,7 +64,8 @@ def main(settings: Settings) -> None:
     make_deterministic()
     compute = Compute.pick(settings.device, settings.precision)
     rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
-    with compute.processes(), start_run(settings, "main", enabled=leads) as run, run.system_metrics():
+    about = (settings.dataset, settings.network)
+    with compute.processes(), start_run(settings, "main", about=about, enabled=leads) as run, run.system_metrics():
         data = load(
             settings.dataset,
             data_dir=Path(settings.data_dir),
@@ -164,10 +165,9 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
-    result = f"test accuracy {found.scores['accuracy']:.4f} on {len(rows)} images"
-    run.tags({"mlflow.note.content": f"**{settings.network}** on **{settings.dataset}**: {result}"})
+    run.describe(found.markdown("test", len(rows)))
     run.flush()
-    print(f"{result}; run {run.id}", flush=True)
+    print(f"test accuracy {found.scores['accuracy']:.4f} on {len(rows)} images; run {run.id}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from utils import RunFailed, UsageError
 from utils.outbox import FINAL_CODES, Letter, Outbox
+from utils.provenance import Origin, image, run_name, venue
 from utils.runtime import git_tags, without_passwords
 from utils.settings import as_params, as_text
 
@@ -33,9 +34,10 @@ OUTPUTS = Path("outputs")
 
 
 @contextmanager
-def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Iterator[Run]:
-    """Join the run that `mlflow run` made (MLFLOW_RUN_ID), else make one; log the settings and the git state.
+def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), enabled: bool = True) -> Iterator[Run]:
+    """Join the run that `mlflow run` made (MLFLOW_RUN_ID), else make one; log the settings and where it comes from.
 
+    `about` says in a word or two what the run is about; with its venue that is the run's name.
     With `enabled=False` (every process of a distributed run but the first) the run swallows all that is logged.
     Leaving the block sends what is left; RunFailed if the server never came back.
     """
@@ -56,11 +58,17 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
     folder = OUTPUTS / active.info.run_id
     folder.mkdir(parents=True, exist_ok=True)
     outbox = Outbox(client, active.info.run_id, folder, set(active.data.params), patience_s)
-    run = Run(active.info.run_id, folder, outbox)
+    found = active.data.tags
+    place = {"venue": venue(found), "image": image(found)}
+    tags = {"entry_point": entry_point, **git_tags(Path.cwd()), **{key: value for key, value in place.items() if value}}
+    origin = Origin(settings, entry_point, place["venue"], {**found, **tags}, active.data.params)
+    run = Run(active.info.run_id, folder, outbox, origin)
     status = "FAILED"
     try:
         run.params(as_params(settings))
-        run.tags({"entry_point": entry_point, **git_tags(Path.cwd())})
+        run.tags(tags)
+        run.rename(run_name(active.info.run_name, about or (entry_point,), place["venue"]))
+        run.describe("")
         yield run
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
@@ -82,11 +90,12 @@ def start_run(settings: Any, entry_point: str, *, enabled: bool = True) -> Itera
 class Run:
     """What a script may say about its run; every call returns at once."""
 
-    def __init__(self, run_id: str, folder: Path, outbox: Outbox | None):
+    def __init__(self, run_id: str, folder: Path, outbox: Outbox | None, origin: Origin | None = None):
         self.id = run_id
         self.folder = folder
         """The run's own folder on this machine; removed when everything in it has been sent."""
         self._outbox = outbox
+        self._origin = origin
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters that are not on the run yet: `mlflow run` logged its own, perhaps in another spelling."""
@@ -109,6 +118,15 @@ class Run:
         tags = [RunTag(key, as_text(value)) for key, value in values.items()]
         records = [{"tag": tag.key, "value": tag.value} for tag in tags]
         self._outbox.put(Letter(lambda client: client.log_batch(self.id, tags=tags), records))
+
+    def rename(self, name: str) -> None:
+        """Give the run a name."""
+        self.later(lambda client: client.update_run(self.id, name=name), {"run_name": name})
+
+    def describe(self, result: str) -> None:
+        """Set the run's description: `result` in Markdown, the command that made it and the one that repeats it."""
+        if self._origin is not None:
+            self.tags({"mlflow.note.content": self._origin.markdown(result)})
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log metrics at `step` with the time of this call."""
