@@ -20,6 +20,7 @@ FILE = FOLDER / ".env"
 EXAMPLE = FOLDER / ".env.example"
 
 PORT = (r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]", "a port from 1 to 65535")
+IMAGE = (r"[\w./:@-]*", "an image's name, or nothing for the one in compose.yaml")
 NAMES = (r"[^\s,]+(,[^\s,]+)*|", "names with commas between them, or nothing")
 RULES = {
     "BIND": (r"[\da-fA-F.:]+", "an IP address of this machine, such as 127.0.0.1 or 0.0.0.0"),
@@ -37,8 +38,10 @@ RULES = {
     "WORKERS": (r"[1-9]\d?", "a number of processes from 1 to 99"),
     "ALLOWED_HOSTS": NAMES,
     "CORS_ALLOWED_ORIGINS": (r"(\*|https?://[^\s,/]+)(,(\*|https?://[^\s,/]+))*|", "http(s)://HOST[:PORT] with commas"),
+    "TLS": ("off|internal|/.+", "off, internal, or the path of a folder with tls.crt and tls.key"),
     "TLS_HOST": (r"[\w.-]+", "a host name"),
     "TLS_PORT": PORT,
+    **{f"{name}_IMAGE": IMAGE for name in ("BASE", "SERVER", "POSTGRESQL", "MARIADB", "S3", "PROXY")},
 }
 PASSWORDS = ("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY")
 SERVER_KEYS = ("S3_ACCESS_KEY", "S3_SECRET_KEY")
