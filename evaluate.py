@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from data_loader.dataset import Dataset
     from models.onnx_model import OnnxClassifier
+    from utils.registry import Candidate
     from utils.tracking import Run
 
 
@@ -26,43 +27,64 @@ class Settings:
     on_error: str = setting("fail", "what a bad image file does", choices=("fail", "skip"))
     split: str = setting("test", "images to measure on", choices=("train", "val", "test"))
     min_accuracy: float = setting(0.0, "fail the run below this accuracy", minimum=0, maximum=1)
-    baseline_uri: str = setting("", "a second model to compare with on the same images")
+    baseline_uri: str = setting("", "a second model to compare with on the same images; promoting: else the champion")
+    promote: bool = setting(False, "make a registered version champion if the gate and the comparison pass")
     batch_size: int = setting(512, "images predicted at a time", minimum=1)
 
 
 def main(settings: Settings) -> None:
-    """Settings, models, data, scores, report, comparison, gate."""
+    """Settings, models, data, scores, report, comparison, gate, promotion."""
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
     from data_loader.matching import check_matching
     from models.onnx_model import OnnxClassifier
-    from utils import RunFailed
+    from utils import registry
     from utils.artifacts import fetch_model
     from utils.tracking import start_run
 
+    candidate = registry.candidate(settings.model_uri) if settings.promote else None
+    baseline_uri = settings.baseline_uri or (candidate.champion_uri if candidate else "")
     with TemporaryDirectory() as folder:
-        model = fetch_model(settings.model_uri, Path(folder) / "model")
+        model = fetch_model(candidate.uri if candidate else settings.model_uri, Path(folder) / "model")
         classifier = OnnxClassifier(model.path)
-        baseline = None
-        if settings.baseline_uri:
-            baseline = OnnxClassifier(fetch_model(settings.baseline_uri, Path(folder) / "baseline").path)
+        baseline = OnnxClassifier(fetch_model(baseline_uri, Path(folder) / "baseline").path) if baseline_uri else None
         with start_run(settings, "evaluate", about=("evaluate", settings.model_uri)) as run:
             data = load_data(settings, model.run_id, classifier)
             if baseline:
                 check_matching(data, baseline.classes, baseline.image_shape)
             rows = data.rows[settings.split]
-            labels_N = data.labels_N[rows]
             logits_NK = classifier.logits_of(data.images_NHWC, rows, settings.batch_size)
-            accuracy = report(run, settings.split, data, rows, logits_NK)
+            result = report(run, settings.split, data, rows, logits_NK)
             if baseline:
                 baseline_NK = baseline.logits_of(data.images_NHWC, rows, settings.batch_size)
-                compare(run, settings, logits_NK, baseline_NK, labels_N)
-            if accuracy < settings.min_accuracy:
-                raise RunFailed(
-                    f"accuracy {accuracy:.4f} on {settings.split} is below "
-                    f"min_accuracy={settings.min_accuracy}; run {run.id} has the details"
-                )
+                result |= compare(run, baseline_uri, logits_NK, baseline_NK, data.labels_N[rows])
+            gate(settings, result, candidate, baseline_uri, run.id)
+            if candidate:
+                run.flush()
+                registry.promote(candidate, run.id, result)
+                print(f"champion of {candidate.name} is version {candidate.version}")
+
+
+def gate(
+    settings: Settings, result: dict[str, float], candidate: Candidate | None, baseline_uri: str, run_id: str
+) -> None:
+    """Fail a run whose accuracy is too low; for a candidate also one below the baseline's on the same images.
+
+    As good as the baseline is good enough: of two equal models the one that was trained later takes over.
+    """
+    from utils import RunFailed
+
+    accuracy, faults = result[f"{settings.split}/accuracy"], []
+    if accuracy < settings.min_accuracy:
+        faults.append(f"below min_accuracy={settings.min_accuracy}")
+    if candidate and accuracy < result.get("baseline/accuracy", 0):
+        faults.append(f"below the {result['baseline/accuracy']:.4f} of {baseline_uri}")
+    if faults:
+        kept = f"; champion stays {candidate.champion_uri or 'unset'}" if candidate else ""
+        raise RunFailed(
+            f"accuracy {accuracy:.4f} on {settings.split} is {' and '.join(faults)}{kept}; run {run_id} has the details"
+        )
 
 
 def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier) -> Dataset:
@@ -86,8 +108,8 @@ def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier)
     )
 
 
-def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.ndarray) -> float:
-    """Everything about one model on one split: on the screen, as metrics, tables and pictures. Gives the accuracy."""
+def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.ndarray) -> dict[str, float]:
+    """Everything about one model on one split: on the screen, as metrics (which it gives), tables and pictures."""
     from data_loader.pictures import image_grid
     from models.pictures import reliability_diagram
     from models.report import judge
@@ -105,28 +127,30 @@ def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.
     run.picture(reliability_diagram(logits_NK, labels_N), "pictures/reliability.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
-    return found.scores["accuracy"]
+    return found.metrics(split)
 
 
-def compare(run: Run, settings: Settings, logits_NK: np.ndarray, baseline_NK: np.ndarray, labels_N: np.ndarray) -> None:
+def compare(
+    run: Run, baseline_uri: str, logits_NK: np.ndarray, baseline_NK: np.ndarray, labels_N: np.ndarray
+) -> dict[str, float]:
     """This model against the baseline on the same images: the difference, and whether it may be chance."""
     from models import scores
 
     result = scores.compare(logits_NK, baseline_NK, labels_N)
-    difference = scores.accuracy(logits_NK, labels_N) - scores.accuracy(baseline_NK, labels_N)
     print(
-        f"against {settings.baseline_uri}: accuracy {difference:+.4f}; only this model right on {result.only_first} "
-        f"images, only the baseline on {result.only_second}; McNemar p = {result.p_value:.3g}"
+        f"against {baseline_uri}: accuracy {result.accuracy_difference:+.4f}; only this model right on "
+        f"{result.only_first} images, only the baseline on {result.only_second}; McNemar p = {result.p_value:.3g}"
     )
     baseline = {f"baseline/{name}": value for name, value in scores.summary(baseline_NK, labels_N).items()}
     comparison = {
-        "accuracy_difference": difference,
+        "accuracy_difference": result.accuracy_difference,
         "only_this_right": result.only_first,
         "only_baseline_right": result.only_second,
         "mcnemar_p": result.p_value,
     }
     run.metrics(baseline | {f"comparison/{name}": value for name, value in comparison.items()})
-    run.json(comparison | {"baseline_uri": settings.baseline_uri}, "tables/comparison.json")
+    run.json(comparison | {"baseline_uri": baseline_uri}, "tables/comparison.json")
+    return baseline
 
 
 if __name__ == "__main__":

@@ -155,8 +155,9 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.artifact(run.folder / NETWORK, CHECKPOINTS)
     spec, onnx_file, rows = state.spec, run.folder / MODEL_FILE, data.rows["test"]
     to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
-    run.tags({"weights_sha256": weights_sha256(network.state_dict())})
-    run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step, register_as=settings.register_as)
+    facts = {"weights_sha256": weights_sha256(network.state_dict()), "data_digest": data.digest}
+    run.tags(facts)
+    run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step)
 
     logits_NK = OnnxClassifier(onnx_file).logits_of(data.images_NHWC, rows)
     found = judge(logits_NK, data.labels_N[rows], data.classes)
@@ -165,7 +166,10 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
-    run.describe(found.markdown("test", len(rows)))
+    result = found.markdown("test", len(rows))
+    run.describe(result)
+    if settings.register_as:
+        run.register(settings.register_as, result, facts | {"dataset": data.name, "network": settings.network})
     run.flush()
     print(f"test accuracy {found.scores['accuracy']:.4f} on {len(rows)} images; run {run.id}", flush=True)
 

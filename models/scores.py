@@ -158,6 +158,8 @@ def top_k(logits_NK: np.ndarray, k: int) -> np.ndarray:
 class Comparison:
     """Two models on the same images."""
 
+    accuracy_difference: float
+    """Accuracy of the first model less that of the second."""
     only_first: int
     """Images that only the first model gets right."""
     only_second: int
@@ -173,7 +175,8 @@ def compare(first_NK: np.ndarray, second_NK: np.ndarray, labels_N: np.ndarray) -
     second_right_N = second_NK.argmax(axis=1) == labels_N
     only_first = int((first_right_N & ~second_right_N).sum())
     only_second = int((~first_right_N & second_right_N).sum())
-    return Comparison(only_first, only_second, mcnemar_p_value(only_first, only_second))
+    difference = accuracy(first_NK, labels_N) - accuracy(second_NK, labels_N)
+    return Comparison(difference, only_first, only_second, mcnemar_p_value(only_first, only_second))
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:

@@ -26,7 +26,7 @@ import train
 from data_loader import DataError
 from data_loader.dataset import load
 from models.checkpoint import load_network
-from utils import RunFailed, UsageError
+from utils import RunFailed, UsageError, registry
 from utils.artifacts import log_onnx_model
 
 # MLflow's own models warn on import of mlflow.pyfunc.
@@ -117,6 +117,97 @@ def test_two_models_are_compared_on_the_same_images(trained: str) -> None:
     assert found["accuracy_difference"] == pytest.approx(right_N.mean() - worse_right_N.mean())
     assert 0 < found["mcnemar_p"] < 0.05
     assert last_run("evaluate").data.metrics["baseline/accuracy"] == worse_right_N.mean()
+
+
+def aliases(name: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in mlflow.MlflowClient().get_registered_model(name).aliases.items()}
+
+
+@pytest.fixture(scope="module")
+def three(trained: str) -> str:
+    """A registered model `three`: a good version, a bad one, and one as good as the first."""
+    for epochs, seed in ((3, 0), (1, 1), (3, 0)):
+        settings = train.Settings(epochs=epochs, seed=seed, device="cpu", precision="fp32", register_as="three")
+        train.main(settings)
+    return "three"
+
+
+def test_promotion_moves_champion_to_what_is_not_worse(three: str) -> None:
+    client = mlflow.MlflowClient()
+    assert aliases(three) == {"challenger": "3"}
+
+    def promote(version: str, **settings: Any) -> None:
+        evaluate.main(evaluate.Settings(model_uri=f"models:/{three}/{version}", promote=True, **settings))
+
+    with pytest.raises(RunFailed, match=r"below min_accuracy=1\.0; champion stays unset; run \w{32} has the details$"):
+        promote("2", min_accuracy=1.0)
+    promote("2", min_accuracy=0.1)  # there is no champion: the gate alone decides
+    assert aliases(three) == {"challenger": "3", "champion": "2"}
+    promote("1")
+    assert aliases(three)["champion"] == "1"
+    run = last_run("evaluate")
+    tags = client.get_model_version(three, "1").tags
+    assert tags["promoted_by_run"] == run.info.run_id
+    assert (tags["promoted_over"], tags["promoted_by"]) == ("2", run.data.tags["mlflow.user"])
+    assert float(tags["promoted_for_test/accuracy"]) == pytest.approx(run.data.metrics["test/accuracy"], abs=1e-4)
+    assert json.loads(text(run, "tables/comparison.json"))["baseline_uri"] == "models:/three/2"
+
+    better, worse = (
+        f"{metrics.accuracy_score(labels_N, shares_NK.argmax(axis=1)):.4f}"
+        for version in "12"
+        for shares_NK, labels_N in [predictions(str(client.get_model_version(three, version).run_id))]
+    )
+    said = (
+        rf"accuracy {worse} on test is below the {better} of models:/three/1; champion stays models:/three/1; run \w+"
+    )
+    with pytest.raises(RunFailed, match=said):
+        promote("2")
+    assert last_run("evaluate").info.status == "FAILED"
+    with pytest.raises(RunFailed, match=r"is below min_accuracy=1\.0 and below the .* of runs:"):
+        promote("2", min_accuracy=1.0, baseline_uri=f"runs:/{client.get_model_version(three, '1').run_id}/model")
+    assert aliases(three) == {"challenger": "3", "champion": "1"}
+    evaluate.main(evaluate.Settings(model_uri=f"models:/{three}@challenger", promote=True))  # a tie: the later one
+    assert aliases(three) == {"challenger": "3", "champion": "3"}
+    promote("2", baseline_uri=f"models:/{three}/2")  # whoever names a baseline is asked about no other
+    assert aliases(three) == {"challenger": "3", "champion": "2"}
+
+
+def test_only_a_registered_version_can_be_promoted(trained: str) -> None:
+    before = aliases("digits")
+    for uri in (f"runs:/{trained}/model", str(model_file(trained)), "models:/m-0123456789abcdef", "models:/digits"):
+        with pytest.raises(UsageError, match=f"promote: '{uri}' is no registered version; give models:/NAME/VERSION"):
+            evaluate.main(evaluate.Settings(model_uri=uri, promote=True))
+    with pytest.raises(UsageError, match=r"does not exist|not found"):
+        evaluate.main(evaluate.Settings(model_uri="models:/digits@best", promote=True))
+    assert aliases("digits") == before
+
+
+def test_a_champion_that_moved_meanwhile_stays(three: str) -> None:
+    client = mlflow.MlflowClient()
+    asked = registry.candidate(f"models:/{three}/1")
+    run = client.create_run("0").info.run_id
+    with pytest.raises(RunFailed, match=f"run {run} is not on the tracking server as a whole"):
+        registry.promote(asked, run, {"test/accuracy": 1.0})
+    client.set_registered_model_alias(three, "champion", "1")
+    asked = registry.candidate(f"models:/{three}/3")
+    client.set_registered_model_alias(three, "champion", "2")
+    with pytest.raises(RunFailed, match="moved from version 1 to 2 during the evaluation; evaluate again"):
+        registry.promote(asked, run, {})
+    assert aliases(three)["champion"] == "2"
+
+
+def test_a_version_says_what_it_is_and_is_registered_once(trained: str) -> None:
+    client = mlflow.MlflowClient()
+    version = client.get_model_version_by_alias("digits", "challenger")
+    run = client.get_run(trained)
+    for key in ("weights_sha256", "data_digest"):
+        assert version.tags[key] == run.data.tags[key]
+    assert (version.tags["dataset"], version.tags["network"]) == ("digits", "cnn")
+    assert f"Test accuracy {run.data.metrics['test/accuracy']:.4f}" in str(version.description)
+    assert "`champion`: the version to use" in str(client.get_registered_model("digits").description)
+    facts = {"run_id": trained, "model_uri": str(version.source), "description": "again", "tags": {}}
+    assert registry.register(client, "digits", **facts) == str(version.version)  # type: ignore[arg-type]
+    assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
 def other_digits(path: Path, **arrays: np.ndarray) -> str:

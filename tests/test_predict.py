@@ -305,7 +305,7 @@ def test_memory_does_not_grow_with_the_input(model: Path, tmp_path: Path) -> Non
 def test_a_prediction_with_a_logged_model_is_a_run(model: Path, folder: Path, project: Path) -> None:
     client = mlflow.MlflowClient()
     source = client.create_run("0").info.run_id
-    log_onnx_model(source, model, images(1), register_as="shapes")
+    mlflow.register_model(log_onnx_model(source, model, images(1)), "shapes")
     client.set_registered_model_alias("shapes", "champion", "1")
     for uri in (f"runs:/{source}/model", "models:/shapes/1", "models:/shapes@champion"):
         run(uri, folder, "table.csv", top_k=2)

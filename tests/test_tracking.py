@@ -167,7 +167,7 @@ def test_a_server_that_never_comes_back_ends_the_run_with_everything_on_disk(
     tags = {row["tag"]: row["value"] for row in unsent if "tag" in row}
     network, _ = load_network(folder / "unsent" / "checkpoints" / "model.pt")
     assert tags["weights_sha256"] == weights_sha256(network.state_dict())
-    assert {"model": "model.onnx", "register_as": ""} in unsent
+    assert {"model": "model.onnx"} in unsent
     assert {"status": "FINISHED"} in unsent
     for name in ("learning_curves", "confusion_matrix", "worst_mistakes"):
         with Image.open(folder / "unsent" / "pictures" / f"{name}.png") as picture:

@@ -49,7 +49,7 @@ def fetch_model(model_uri: str, folder: Path) -> FetchedModel:
     """
     if not (model_uri.startswith(("runs:/", "models:/")) or "://" in model_uri):
         return FetchedModel(_model_file(Path(model_uri), model_uri), run_id="")
-    with _mlflow_errors(model_uri):
+    with mlflow_errors(model_uri):
         import mlflow
 
         run_id = _run_of(model_uri)
@@ -59,7 +59,7 @@ def fetch_model(model_uri: str, folder: Path) -> FetchedModel:
 
 def model_run(model_uri: str) -> str:
     """The run that made a logged or registered model."""
-    with _mlflow_errors(model_uri):
+    with mlflow_errors(model_uri):
         run_id = _run_of(model_uri)
     if not run_id:
         raise UsageError(
@@ -71,7 +71,7 @@ def model_run(model_uri: str) -> str:
 
 def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
     """Download one artifact of a run to `folder`."""
-    with _mlflow_errors(f"runs:/{run_id}/{artifact_path}"):
+    with mlflow_errors(f"runs:/{run_id}/{artifact_path}"):
         import mlflow
 
         return Path(
@@ -95,7 +95,7 @@ def checkpoint_to_go_on_from(run_id: str, resume: str) -> Iterator[Path | None]:
 
 
 def _latest_checkpoint(run_id: str, folder: Path) -> Path | None:
-    with _mlflow_errors(f"runs:/{run_id}"):
+    with mlflow_errors(f"runs:/{run_id}"):
         import mlflow
 
         files = mlflow.MlflowClient().list_artifacts(run_id, CHECKPOINTS)
@@ -105,19 +105,19 @@ def _latest_checkpoint(run_id: str, folder: Path) -> Path | None:
 
 def run_params(run_id: str) -> dict[str, str]:
     """The parameters that a run was started with."""
-    with _mlflow_errors(f"runs:/{run_id}"):
+    with mlflow_errors(f"runs:/{run_id}"):
         import mlflow
 
         return dict(mlflow.MlflowClient().get_run(run_id).data.params)
 
 
-def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "", step: int = 0) -> str:
+def log_onnx_model(run_id: str, path: Path, example: Any, step: int = 0) -> str:
     """Log the ONNX file `path` to the run as the model `model` and return its URI.
 
     `example` (a NumPy array) becomes the input example; the signature is read from the file. The requirements
     are given, because MLflow would otherwise run the model in another process to find them out. Loads with
-    `mlflow.pyfunc` anywhere, contains no pickle. `register_as` makes it a version of that registered model; `step` is
-    the training step it was made at, whose metrics MLflow shows with it.
+    `mlflow.pyfunc` anywhere, contains no pickle. `step` is the training step it was made at, whose metrics MLflow shows
+    with it.
     """
     import mlflow
     import mlflow.onnx
@@ -132,7 +132,6 @@ def log_onnx_model(run_id: str, path: Path, example: Any, register_as: str = "",
         signature=mlflow.models.ModelSignature(inputs=_schema(model.graph.input), outputs=_schema(model.graph.output)),
         input_example=example,
         pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
-        registered_model_name=register_as or None,
         onnx_execution_providers=["CPUExecutionProvider"],
         save_as_external_data=False,
     )
@@ -187,7 +186,7 @@ def _run_of(model_uri: str) -> str:
 
 
 @contextmanager
-def _mlflow_errors(uri: str) -> Iterator[None]:
+def mlflow_errors(uri: str) -> Iterator[None]:
     """MLflow's exceptions as one line each, after seconds and not minutes of retries."""
     before = {key: os.environ.get(key) for key in PATIENCE}
     os.environ.update({key: value for key, value in PATIENCE.items() if before[key] is None})

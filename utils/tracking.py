@@ -96,6 +96,7 @@ class Run:
         """The run's own folder on this machine; removed when everything in it has been sent."""
         self._outbox = outbox
         self._origin = origin
+        self._model_uri = ""
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters that are not on the run yet: `mlflow run` logged its own, perhaps in another spelling."""
@@ -177,14 +178,26 @@ class Run:
         writer.writerows(rows)
         self.text(text.getvalue(), path)
 
-    def model(self, path: Path, example: Any, *, step: int, register_as: str = "") -> None:
+    def model(self, path: Path, example: Any, *, step: int) -> None:
         """Log an ONNX file as the run's model (see `log_onnx_model`)."""
-        from utils.artifacts import log_onnx_model
 
-        self.later(
-            lambda client: log_onnx_model(self.id, path, example, register_as, step=step),
-            {"model": path.name, "register_as": register_as},
-        )
+        def send(client: Any) -> None:
+            from utils.artifacts import log_onnx_model
+
+            self._model_uri = log_onnx_model(self.id, path, example, step=step)
+
+        self.later(send, {"model": path.name})
+
+    def register(self, name: str, description: str, tags: dict[str, Any]) -> None:
+        """Register the run's model under `name` (see `registry.register`)."""
+
+        def send(client: Any) -> None:
+            from utils.registry import register
+
+            texts = {key: as_text(value) for key, value in tags.items()}
+            register(client, name, run_id=self.id, model_uri=self._model_uri, description=description, tags=texts)
+
+        self.later(send, {"register_as": name, "description": description, "tags": tags})
 
     def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
         """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
