@@ -30,7 +30,12 @@ PROGRAMS = {
     "proxy": ["caddy"],
 }
 FOLDERS = {
-    "postgresql": ["/usr/lib/postgresql/15/lib", "/usr/share/postgresql/15", "/usr/lib/locale/C.utf8", "/usr/share/zoneinfo"],
+    "postgresql": [
+        "/usr/lib/postgresql/15/lib",
+        "/usr/share/postgresql/15",
+        "/usr/lib/locale/C.utf8",
+        "/usr/share/zoneinfo",
+    ],
     "mariadb": ["/usr/share/mysql"],
 }
 LEFT_OUT = {"llvmjit.so"}  # and with it 100 MB of a compiler

@@ -1,0 +1,232 @@
+"""The tracking server in Docker containers, by Docker Compose.
+
+    python3 services/compose.py up       build what is to be built, start what is not running, wait until all is well
+    python3 services/compose.py down     end and remove the containers; runs and artifacts stay in their volumes
+    python3 services/compose.py WORDS    any other command of Compose with the same settings: ps, logs server, exec ...
+
+The settings are in services/.env, which the first start writes. It needs Python, Docker, and `docker compose` or
+`docker-compose` (1.28 or later), and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import settings
+from settings import FILE, FOLDER, Refused
+
+SERVICES = {"postgresql": "postgresql", "mariadb": "mariadb", "s3": "s3", "tls": "proxy"}  # by profile
+PATIENCE_S = 300
+PORT_TAKEN = re.compile(r"(?:listen tcp4? |[Bb]ind for )([\d.:\[\]]+):(\d+)\b.*(?:in use|allocated)")
+
+
+class Stack:
+    """All containers of one project, with their settings."""
+
+    def __init__(self, compose: list[str], values: Mapping[str, str]):
+        self.values = values
+        self.environment = {**os.environ, **environment(values)}
+        self.command = [*compose, "--project-directory", str(FOLDER)]
+
+    def up(self) -> None:
+        """Start everything in order, and return when it is healthy."""
+        storage = [name for name in profiles(self.values) if name != "tls"]
+        print("Building the server's image; the first time takes some minutes", flush=True)
+        self._run("build", "server")
+        self._run("up", "--detach", *storage)
+        self._wait(storage)
+        if "s3" in storage:
+            self._make_bucket()
+        self._run("up", "--detach", "--remove-orphans")
+        self._wait(["server"])
+        self._remove_unused()
+        print(welcome(self.values))
+
+    def all_profiles(self) -> dict[str, str]:
+        """The environment in which Compose minds the services of every profile, not only of those in use."""
+        return {**self.environment, "COMPOSE_PROFILES": ",".join(SERVICES)}
+
+    def _run(self, *words: str, text: str = "", all_profiles: bool = False) -> str:
+        """A command of Compose; what it says is shown only if it fails."""
+        done = subprocess.run(
+            [*self.command, *words],
+            env=self.all_profiles() if all_profiles else self.environment,
+            input=text,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if done.returncode:
+            raise self._failure(words[0], done.stdout)
+        return done.stdout
+
+    def _failure(self, command: str, said: str) -> Refused:
+        if taken := PORT_TAKEN.search(said):
+            host, port = taken.groups()
+            ours = [name for name in ("MLFLOW_PORT", "S3_PORT", "TLS_PORT") if self.values[name] == port]
+            return Refused(f"port {port} of {host} is taken; end what listens there, or set {ours[0]} in {FILE}", 2)
+        print(said, file=sys.stderr)
+        return Refused(f"`{command}` of Compose failed; its last words are above", 1)
+
+    def _wait(self, services: list[str]) -> None:
+        """Until the services are healthy, with a line for each that becomes so."""
+        waiting, deadline = set(services), time.monotonic() + PATIENCE_S
+        while waiting:
+            for name, state in self._states():
+                if name in waiting and state["Health"]["Status"] == "healthy":
+                    print(f"{name} is up", flush=True)
+                    waiting.remove(name)
+                elif name in waiting and state["Status"] in ("restarting", "exited"):
+                    raise Refused(f"{name} ended: {self._last_words(name)}", 1)
+            if time.monotonic() > deadline:
+                names = ", ".join(sorted(waiting))
+                raise Refused(f"not up after {PATIENCE_S} s: {names}; look at: python3 services/compose.py logs", 1)
+            time.sleep(0.5)
+
+    def _states(self) -> Iterator[tuple[str, Any]]:
+        """The service and Docker's description of the state of each container."""
+        if found := self._run("ps", "--quiet").split():
+            for one in json.loads(docker("inspect", *found)):
+                yield one["Config"]["Labels"]["com.docker.compose.service"], one["State"]
+
+    def _last_words(self, service: str) -> str:
+        lines = [line for line in self._run("logs", "--no-color", "--tail=20", service).splitlines() if line.strip()]
+        said = [line.split("|", 1)[-1].strip() for line in lines] or ["(it said nothing)"]
+        return next((line for line in reversed(said) if line.startswith("error:")), said[-1]).removeprefix("error: ")
+
+    def _remove_unused(self) -> None:
+        """End what an earlier start had and these settings have not; its data stays."""
+        unused = sorted(SERVICES.keys() - set(profiles(self.values)))
+        self._run("rm", "--stop", "--force", *(SERVICES[profile] for profile in unused), all_profiles=True)
+
+    def _make_bucket(self) -> None:
+        """In the S3 server's own shell, which needs no keys; a bucket that is there stays."""
+        shell = ("exec", "-T", "s3", "weed", "shell")
+        bucket = self.values["S3_BUCKET"]
+        if not re.search(rf"^\s*{re.escape(bucket)}\s", self._run(*shell, text="s3.bucket.list\n"), re.MULTILINE):
+            self._run(*shell, text=f"s3.bucket.create -name {bucket}\n")
+
+
+def profiles(values: Mapping[str, str]) -> list[str]:
+    """The parts of compose.yaml that the settings ask for, besides the server."""
+    own_store, tls = not values["S3_ENDPOINT_URL"], values["TLS"] != "off"
+    return [values["DATABASE"], *(["s3"] if own_store else []), *(["tls"] if tls else [])]
+
+
+def environment(values: Mapping[str, str]) -> dict[str, str]:
+    """The variables of compose.yaml."""
+    database, tls = values["DATABASE"], values["TLS"]
+    more = {
+        "COMPOSE_PROJECT_NAME": project(),
+        "COMPOSE_PROFILES": ",".join(profiles(values)),
+        "DATABASE_URI": f"{database}://mlflow@{database}/mlflow",
+        "S3_ENDPOINT_URL": values["S3_ENDPOINT_URL"] or "http://s3:8333",
+        "S3_IDENTITIES": json.dumps(identities(values)),
+        # Next to the proxy, the server itself talks to this machine alone.
+        "SERVER_BIND": values["BIND"] if tls == "off" else "127.0.0.1",
+        "SERVER_MEMORY": f"{1024 * (1 + int(values['WORKERS']))}m",
+        "TLS_CERTIFICATE": "internal",
+    }
+    if tls not in ("off", "internal"):
+        more |= {"TLS_FOLDER": tls, "TLS_CERTIFICATE": "/certificate/tls.crt /certificate/tls.key"}
+    return {**values, **more}
+
+
+def identities(values: Mapping[str, str]) -> dict[str, Any]:
+    """SeaweedFS's users: the administrator, and the server with the rights of s3-policies/server.json."""
+    policy = (FOLDER / "s3-policies" / "server.json").read_text()
+    policy = policy.replace("BUCKET", values["S3_BUCKET"]).replace("PREFIX", values["S3_PREFIX"])
+
+    def user(name: str, prefix: str, **rights: list[str]) -> dict[str, Any]:
+        keys = {"accessKey": values[f"{prefix}_ACCESS_KEY"], "secretKey": values[f"{prefix}_SECRET_KEY"]}
+        return {"name": name, "credentials": [keys], **rights}
+
+    admin = user("admin", "S3_ADMIN", actions=["Admin", "Read", "List", "Tagging", "Write"])
+    server = user("server", "S3", policyNames=["server"])
+    return {"identities": [admin, server], "policies": [{"name": "server", "content": policy}]}
+
+
+def project() -> str:
+    """Compose's name for all of it, and the beginning of the volumes' names."""
+    return os.environ.get("COMPOSE_PROJECT_NAME") or "mlflow-tracking"
+
+
+def address(values: Mapping[str, str]) -> str:
+    """Where clients find the server."""
+    if values["TLS"] != "off":
+        return f"https://{values['TLS_HOST']}:{values['TLS_PORT']}".removesuffix(":443")
+    host = "127.0.0.1" if values["BIND"] == "0.0.0.0" else values["BIND"]
+    return f"http://{host}:{values['MLFLOW_PORT']}"
+
+
+def welcome(values: Mapping[str, str]) -> str:
+    """What to do with a server that is up."""
+    lines = [f"The tracking server is up: {address(values)}", f"  export MLFLOW_TRACKING_URI={address(values)}"]
+    if values["AUTH"] == "basic":
+        lines[0] += f" (sign in as {values['ADMIN_USERNAME']}; the password is ADMIN_PASSWORD in {FILE})"
+        lines.append(f"  export MLFLOW_TRACKING_USERNAME={values['ADMIN_USERNAME']}")
+        lines.append(f"  export MLFLOW_TRACKING_PASSWORD=$(sed -n s/^ADMIN_PASSWORD=//p '{FILE}')")
+    if values["ARTIFACTS"] == "proxied":
+        # MLflow's client would ask for signed addresses of the S3 server, which it need not reach.
+        lines.append("  export MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false")
+    if values["TLS"] == "internal":
+        lines.append("and see docs/operations.md, TLS, for the certificate that clients have to trust")
+    return "\n".join(lines)
+
+
+def docker(*words: str) -> str:
+    """What a command of Docker answers."""
+    done = subprocess.run(["docker", *words], capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join(done.stderr.split())
+        raise Refused(f"Docker does not answer ({said}); is it running, and may you use it? See: docker info", 1)
+    return done.stdout
+
+
+def compose_command() -> list[str]:
+    """Compose as Docker's plugin, else as a program of its own."""
+    if not shutil.which("docker"):
+        raise Refused("there is no docker here; install Docker Engine with Compose, or run: make services-local", 2)
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and not subprocess.run([*command, "version"], capture_output=True).returncode:
+            return command
+    raise Refused("Docker has no Compose here; install its plugin or docker-compose, or run: make services-local", 2)
+
+
+def check_data() -> None:
+    """Refuse to make new passwords for old data."""
+    volumes = docker("volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={project()}").split()
+    if volumes and not FILE.exists():
+        raise Refused(
+            f"{FILE} is gone, but the data of a server with its passwords is here; put the file back, or delete the data "
+            f"for good: docker volume rm {' '.join(volumes)}",
+            2,
+        )
+
+
+def main() -> None:
+    """Do what the command line says."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    compose = compose_command()
+    docker("version", "--format", "{{.Server.Version}}")
+    check_data()
+    stack = Stack(compose, settings.load())
+    if words == ["up"]:
+        stack.up()
+    else:
+        sys.exit(subprocess.run([*stack.command, *words], env=stack.all_profiles()).returncode)
+
+
+if __name__ == "__main__":
+    settings.run(main)
