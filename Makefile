@@ -9,7 +9,7 @@ IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Nothing here reports to anyone: MLflow would send usage data.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help run test lint lock ui bench clean
+.PHONY: help run test lint lock ui bench services clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ ui: .venv/installed  ## serve the tracking UI on http://127.0.0.1:5000 (ARGS="--
 
 bench: .venv/installed-dev  ## run every benchmark; each prints its ratio last
 	@for script in benchmarks/*.py; do echo "== $$script"; $(IN_VENV) python "$$script" || exit 1; done
+
+services:  ## start the team's tracking server with Docker Compose (settings: services/.env)
+	@$(PYTHON) services/compose.py up
 
 clean:  ## remove .venv and the tools' caches; runs and data stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

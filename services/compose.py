@@ -206,8 +206,8 @@ def check_data() -> None:
     volumes = docker("volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={project()}").split()
     if volumes and not FILE.exists():
         raise Refused(
-            f"{FILE} is gone, but the data of a server with its passwords is here; put the file back, or delete the data "
-            f"for good: docker volume rm {' '.join(volumes)}",
+            f"{FILE} is gone, but the data of a server with its passwords is here; put the file back, or delete the "
+            f"data for good: docker volume rm {' '.join(volumes)}",
             2,
         )
 

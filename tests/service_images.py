@@ -20,14 +20,13 @@ import docker.errors
 
 FOLDER = Path(__file__).resolve().parent / "stand_ins"
 LABEL = "stand-in"
-SHELL = "sh bash cat chmod chown dirname env id ln ls mkdir printf rm sed setpriv sleep uname".split()
-POSTGRESQL = "postgres initdb pg_ctl pg_isready createdb psql pg_dump pg_restore dropdb".split()
-MARIADB = "mariadbd mariadb mariadb-install-db my_print_defaults resolveip basename hostname".split()
+SHELL = "sh bash cat chmod chown dirname env id ln ls mkdir printf rm sed setpriv sleep uname"
+POSTGRESQL = "postgres initdb pg_ctl pg_isready createdb dropdb psql pg_dump pg_restore"
 PROGRAMS = {
-    "postgresql": [*SHELL, *(f"/usr/lib/postgresql/15/bin/{name}" for name in POSTGRESQL)],
-    "mariadb": [*SHELL, *MARIADB],
-    "s3": [*SHELL, "curl", "weed"],
-    "proxy": ["caddy"],
+    "postgresql": f"{SHELL} {POSTGRESQL}",
+    "mariadb": f"{SHELL} mariadbd mariadb mariadb-install-db my_print_defaults resolveip basename hostname",
+    "s3": f"{SHELL} curl weed",
+    "proxy": "caddy",
 }
 FOLDERS = {
     "postgresql": [
@@ -64,7 +63,7 @@ def make_stand_in(engine: Any, service: str, tag: str) -> None:
 
 def file_system(service: str) -> bytes:
     """A tar archive of a service's programs, of what they are linked with, and of the folders that they read."""
-    paths = {Path(find(name)) for name in PROGRAMS[service]}
+    paths = {Path(find(name)) for name in PROGRAMS[service].split()}
     for folder in FOLDERS.get(service, ()):
         paths |= {path for path in Path(folder).rglob("*") if path.is_file() and path.name not in LEFT_OUT}
     buffer = io.BytesIO()
@@ -84,7 +83,7 @@ def find(name: str) -> str:
     """A program of this machine, or of the environment that the tests run in; without it the test is skipped."""
     from conftest import missing
 
-    places = [str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"]
+    places = [str(Path(sys.executable).parent), "/usr/lib/postgresql/15/bin", os.environ["PATH"], "/usr/sbin", "/sbin"]
     return shutil.which(name, path=os.pathsep.join(places)) or missing(f"there is no {name} to make an image of")
 
 
