@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import settings
 from settings import Refused
@@ -28,7 +28,7 @@ from settings import Refused
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection
 
-DRIVERS = {"postgresql": "postgresql", "mysql": "mysql+pymysql", "mariadb": "mysql+pymysql"}
+DRIVERS = {"postgresql": "postgresql+psycopg2", "mysql": "mysql+pymysql", "mariadb": "mysql+pymysql"}
 # How a database says that waiting will not help: PostgreSQL in words, MariaDB and MySQL by number.
 WRONG_PASSWORD = ("password authentication failed", "no pg_hba.conf entry", "(1045,", "(1698,")
 NO_DATABASE = ('" does not exist', "(1049,", "(1044,")
@@ -139,6 +139,21 @@ def make_auth_database(uri: URL) -> None:
         ) from None
 
 
+def tell_keys_apart() -> None:
+    """Let MLflow's users live in MariaDB and MySQL, where no two foreign keys of a database may share a name.
+
+    MLflow's first migration of them names two keys fk_user_id; nothing refers to these names later.
+    """
+    from sqlalchemy import ForeignKeyConstraint
+    from sqlalchemy.ext.compiler import compiles
+
+    @compiles(ForeignKeyConstraint, "mysql")
+    def render(key: ForeignKeyConstraint, compiler: Any, **_: Any) -> Any:
+        if key.name == "fk_user_id":
+            key.name = f"{key.table.name}_fk_user_id"
+        return compiler.visit_foreign_key_constraint(key)
+
+
 def check_schema(uri: URL, migrations: str, version_table: str) -> None:
     """Refuse a database whose schema is another than the installed MLflow's; an empty one is fine."""
     import mlflow
@@ -214,11 +229,11 @@ def artifacts() -> dict[str, str]:
     """Where MLflow keeps artifacts, in its own variables."""
     if folder := os.environ.get("ARTIFACTS_FOLDER"):
         return {"MLFLOW_ARTIFACTS_DESTINATION": folder}
-    direct = os.environ["ARTIFACTS"] == "direct"
+    root = f"s3://{os.environ['S3_BUCKET']}/{os.environ['S3_PREFIX']}"
     return {
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT" if direct else "MLFLOW_ARTIFACTS_DESTINATION": (
-            f"s3://{os.environ['S3_BUCKET']}/{os.environ['S3_PREFIX']}"
-        ),
+        # Experiments keep the way they were made with, so the server goes on serving those of before.
+        **({"MLFLOW_DEFAULT_ARTIFACT_ROOT": root} if os.environ["ARTIFACTS"] == "direct" else {}),
+        "MLFLOW_ARTIFACTS_DESTINATION": root,
         "MLFLOW_S3_ENDPOINT_URL": os.environ["S3_ENDPOINT_URL"],
         "AWS_DEFAULT_REGION": os.environ["S3_REGION"],
         "AWS_ACCESS_KEY_ID": os.environ["S3_ACCESS_KEY"],
@@ -231,7 +246,7 @@ def artifacts() -> dict[str, str]:
 
 @contextmanager
 def sign_in(uri: URL) -> Iterator[dict[str, str]]:
-    """MLflow's variables for its sign-in; their file holds a password: mode 600, in a folder that goes with the server."""
+    """MLflow's variables for its sign-in; one file holds a password: mode 600, and gone with the server."""
     if os.environ["AUTH"] == "none":
         yield {}
         return
@@ -255,9 +270,8 @@ def serve(uri: URL) -> None:
     """Run `mlflow server` in this process: every value reaches it and its workers by environment."""
     from mlflow.cli import cli
 
-    direct = os.environ["ARTIFACTS"] == "direct"
     command = ["server", "--host", os.environ["BIND"], "--port", os.environ["MLFLOW_PORT"]]
-    command += ["--workers", os.environ["WORKERS"], *(["--no-serve-artifacts"] if direct else [])]
+    command += ["--workers", os.environ["WORKERS"]]
     command += ["--app-name", "basic-auth"] if os.environ["AUTH"] == "basic" else []
     with sign_in(uri) as secret:
         os.environ.update(
@@ -289,6 +303,7 @@ def main() -> None:
     uri = database_uri()
     wait("database", lambda: check_database(uri))
     make_auth_database(uri)
+    tell_keys_apart()
     if sys.argv[1:] == ["upgrade"]:
         upgrade(uri)
         return
