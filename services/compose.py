@@ -14,10 +14,13 @@ import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import settings
@@ -25,6 +28,8 @@ from settings import FILE, FOLDER, Refused
 
 SERVICES = {"postgresql": "postgresql", "mariadb": "mariadb", "s3": "s3", "tls": "proxy"}  # by profile
 PATIENCE_S = 300
+TLS_PATIENCE_S = 30
+AUTHORITY = FOLDER / "tls-root.crt"
 PORT_TAKEN = re.compile(r"(?:listen tcp4? |[Bb]ind for )([\d.:\[\]]+):(\d+)\b.*(?:in use|allocated)")
 
 
@@ -48,6 +53,8 @@ class Stack:
         self._run("up", "--detach", "--remove-orphans")
         self._wait(["server"])
         self._remove_unused()
+        if self.values["TLS"] != "off":
+            self._wait_for_tls()
         print(welcome(self.values))
 
     def all_profiles(self) -> dict[str, str]:
@@ -102,6 +109,16 @@ class Stack:
         said = [line.split("|", 1)[-1].strip() for line in lines] or ["(it said nothing)"]
         return next((line for line in reversed(said) if line.startswith("error:")), said[-1]).removeprefix("error: ")
 
+    def _wait_for_tls(self) -> None:
+        """Until the proxy shows a certificate; keep the authority that signed it, if that is the proxy's own."""
+        deadline = time.monotonic() + TLS_PATIENCE_S
+        while not certificate_of(reachable(self.values["BIND"]), int(self.values["TLS_PORT"]), self.values["TLS_HOST"]):
+            if time.monotonic() > deadline:
+                raise Refused(f"the proxy shows no certificate: {self._last_words('proxy')}", 1)
+            time.sleep(0.5)
+        if self.values["TLS"] == "internal":
+            AUTHORITY.write_text(self._run("exec", "-T", "proxy", "cat", "/data/caddy/pki/authorities/local/root.crt"))
+
     def _remove_unused(self) -> None:
         """End what an earlier start had and these settings have not; its data stays."""
         unused = sorted(SERVICES.keys() - set(profiles(self.values)))
@@ -136,6 +153,8 @@ def environment(values: Mapping[str, str]) -> dict[str, str]:
         "TLS_CERTIFICATE": "internal",
     }
     if tls not in ("off", "internal"):
+        if absent := [name for name in ("tls.crt", "tls.key") if not (Path(tls) / name).is_file()]:
+            raise Refused(f"TLS names the folder {tls}, which has no {' and no '.join(absent)}")
         more |= {"TLS_FOLDER": tls, "TLS_CERTIFICATE": "/certificate/tls.crt /certificate/tls.key"}
     return {**values, **more}
 
@@ -163,8 +182,26 @@ def address(values: Mapping[str, str]) -> str:
     """Where clients find the server."""
     if values["TLS"] != "off":
         return f"https://{values['TLS_HOST']}:{values['TLS_PORT']}".removesuffix(":443")
-    host = "127.0.0.1" if values["BIND"] == "0.0.0.0" else values["BIND"]
-    return f"http://{host}:{values['MLFLOW_PORT']}"
+    return f"http://{reachable(values['BIND'])}:{values['MLFLOW_PORT']}"
+
+
+def reachable(host: str) -> str:
+    """Where this machine reaches what listens at `host`."""
+    return "127.0.0.1" if host == "0.0.0.0" else host
+
+
+def certificate_of(host: str, port: int, name: str) -> bytes | None:
+    """The certificate that a server shows to whoever asks for `name`; None where it shows none."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # looked at, not trusted
+    try:
+        with (
+            socket.create_connection((host, port), timeout=5) as connection,
+            context.wrap_socket(connection, server_hostname=name) as secured,
+        ):
+            return secured.getpeercert(binary_form=True)
+    except OSError:
+        return None
 
 
 def welcome(values: Mapping[str, str]) -> str:
@@ -178,7 +215,7 @@ def welcome(values: Mapping[str, str]) -> str:
         # MLflow's client would ask for signed addresses of the S3 server, which it need not reach.
         lines.append("  export MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false")
     if values["TLS"] == "internal":
-        lines.append("and see docs/operations.md, TLS, for the certificate that clients have to trust")
+        lines.append(f"  export MLFLOW_TRACKING_SERVER_CERT_PATH='{AUTHORITY}'")
     return "\n".join(lines)
 
 

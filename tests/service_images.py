@@ -26,7 +26,7 @@ PROGRAMS = {
     "postgresql": f"{SHELL} {POSTGRESQL}",
     "mariadb": f"{SHELL} mariadbd mariadb mariadb-install-db my_print_defaults resolveip basename hostname",
     "s3": f"{SHELL} curl weed",
-    "proxy": "caddy",
+    "proxy": "sh cat caddy",
 }
 FOLDERS = {
     "postgresql": [
