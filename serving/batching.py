@@ -1,0 +1,122 @@
+"""Dynamic batching: requests that arrive together go through the network together.
+
+A thread waits for the first request, then at most `max_delay_us` for others, and predicts. While it does, the next
+ones gather, so under load batches form without any waiting. The event loop only hands over and takes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from serving import RequestError
+from serving.model import ServedModel
+
+Observer = Callable[[ServedModel, np.ndarray, float], None]
+"""Told of every batch, in the predicting thread and after the answers are on their way: model, logits_NK, seconds."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Call:
+    model: ServedModel
+    images_NHWC: np.ndarray
+    answer: asyncio.Future[np.ndarray]
+    deadline: float
+    """When the batch that this call opens has to start (time.perf_counter)."""
+
+
+class Batcher:
+    """Predicts for many callers of one event loop, in `threads` threads of its own."""
+
+    def __init__(
+        self, *, max_batch: int, max_delay_us: int, max_queue: int, threads: int, observe: Observer | None = None
+    ) -> None:
+        """`max_batch` and `max_queue` count images; a single larger request is taken when nothing else is there."""
+        self.images = 0
+        """Images that wait or are being predicted."""
+        self._max_batch, self._max_delay_s, self._max_queue = max_batch, max_delay_us / 1e6, max_queue
+        self._observe = observe
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"predict-{n}", daemon=True) for n in range(threads)]
+        self._loop = asyncio.get_running_loop()
+        for thread in self._threads:
+            thread.start()
+
+    async def predict(self, model: ServedModel, images_NHWC: np.ndarray) -> np.ndarray:
+        """logits_NK of the images; RequestError 503 where too many wait already."""
+        count = len(images_NHWC)
+        if self.images and self.images + count > self._max_queue:
+            raise RequestError(
+                f"the queue is full ({self.images} images wait, allowed: {self._max_queue}); try again",
+                503,
+                retry_after_s=1,
+            )
+        self.images += count
+        answer: asyncio.Future[np.ndarray] = self._loop.create_future()
+        self._calls.put(_Call(model, images_NHWC, answer, time.perf_counter() + self._max_delay_s))
+        return await answer
+
+    def close(self) -> None:
+        """Predict what waits, then end the threads."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        following: _Call | None = None
+        while (first := following or self._calls.get()) is not None:
+            batch, following = self._gather(first)
+            self._predict(batch)
+
+    def _gather(self, first: _Call) -> tuple[list[_Call], _Call | None]:
+        """The calls of a batch, and the one that did not go with it."""
+        batch, images = [first], len(first.images_NHWC)
+        while images < self._max_batch:
+            wait_s = first.deadline - time.perf_counter()
+            try:
+                call = self._calls.get(timeout=wait_s) if wait_s > 0 else self._calls.get_nowait()
+            except Empty:
+                break
+            if call is None:  # the end: nothing follows it, so it may be met again
+                self._calls.put(None)
+                break
+            if call.model is not first.model or images + len(call.images_NHWC) > self._max_batch:
+                return batch, call
+            batch.append(call)
+            images += len(call.images_NHWC)
+        return batch, None
+
+    def _predict(self, batch: list[_Call]) -> None:
+        calls = [call for call in batch if not call.answer.cancelled()]  # nobody waits for the others any more
+        model, started = batch[0].model, time.perf_counter()
+        outcome: np.ndarray | Exception = np.empty((0, len(model.classes)), np.float32)
+        try:
+            if len(calls) == 1:
+                outcome = model.logits(calls[0].images_NHWC)
+            elif calls:
+                outcome = model.logits(np.concatenate([call.images_NHWC for call in calls]))
+        except Exception as error:  # the callers tell of it
+            outcome = error
+        seconds = time.perf_counter() - started
+        self._loop.call_soon_threadsafe(self._answer, batch, calls, outcome)
+        if self._observe and calls and not isinstance(outcome, Exception):
+            self._observe(model, outcome, seconds)
+
+    def _answer(self, batch: list[_Call], calls: list[_Call], outcome: np.ndarray | Exception) -> None:
+        self.images -= sum(len(call.images_NHWC) for call in batch)
+        start = 0
+        for call in calls:
+            rows = slice(start, start := start + len(call.images_NHWC))
+            if call.answer.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                call.answer.set_exception(outcome)
+            else:
+                call.answer.set_result(outcome[rows])

@@ -1,0 +1,86 @@
+"""What Prometheus reads at /metrics; several workers add up through files, in prometheus_client's own way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+from serving.model import ServedModel, probabilities
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+
+
+class Metrics:
+    """The counters of one worker."""
+
+    def __init__(self) -> None:
+        r = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "serving_requests", "Requests answered, by endpoint and HTTP status", ["endpoint", "status"], registry=r
+        )
+        self.seconds = Histogram(
+            "serving_request_seconds",
+            "From the request's head to its answer",
+            ["endpoint"],
+            registry=r,
+            buckets=SECONDS,
+        )
+        self.bad_inputs = Counter("serving_bad_inputs", "Requests and image files refused", ["endpoint"], registry=r)
+        self.waiting = Gauge(
+            "serving_queue_images", "Images that wait or are being predicted", registry=r, multiprocess_mode="livesum"
+        )
+        self.batch_images = Histogram("serving_batch_images", "Images in a batch", registry=r, buckets=IMAGES)
+        self.batch_seconds = Histogram("serving_batch_seconds", "A batch in the network", registry=r, buckets=SECONDS)
+        self.predictions = Counter("serving_predictions", "Images by predicted class", ["class"], registry=r)
+        self.confidence = Histogram(
+            "serving_confidence", "Probability of the predicted class", registry=r, buckets=SHARES
+        )
+        self.model = Gauge(
+            "serving_model_workers",
+            "Workers that serve a version of the model",
+            ["name", "version"],
+            registry=r,
+            multiprocess_mode="livesum",
+        )
+        self.changes = Counter("serving_model_changes", "Changes to another version", registry=r)
+        self.failed_changes = Counter("serving_model_failed_changes", "Looks or loads that failed", registry=r)
+
+    def batch(self, model: ServedModel, logits_NK: np.ndarray, seconds: float) -> None:
+        """Count a batch that was predicted."""
+        self.batch_images.observe(len(logits_NK))
+        self.batch_seconds.observe(seconds)
+        shares_NK = probabilities(logits_NK)
+        for label, share in zip(shares_NK.argmax(axis=1).tolist(), shares_NK.max(axis=1).tolist(), strict=True):
+            self.predictions.labels(model.classes[label]).inc()
+            self.confidence.observe(share)
+
+    def serves(self, model: ServedModel, before: ServedModel | None = None) -> None:
+        """Note the version that is served from now on."""
+        if before is not None:
+            self.model.labels(before.name, before.version).set(0)
+            self.changes.inc()
+        self.model.labels(model.name, model.version).set(1)
+
+    def exposition(self, waiting: int) -> bytes:
+        """All values in Prometheus' text format, those of the other workers included."""
+        self.waiting.set(waiting)
+        if not os.environ.get(SHARED_FOLDER):
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def forget_dead_workers() -> None:
+    """Take out of the shared files what workers say that are no more: a killed one cannot do it itself."""
+    folder = os.environ.get(SHARED_FOLDER)
+    for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        pid = path.stem.rpartition("_")[2]
+        if not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)

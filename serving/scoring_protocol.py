@@ -1,0 +1,42 @@
+"""MLflow's scoring protocol, as `mlflow models serve` speaks it for a model with a tensor signature. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serving import RequestError
+from serving.inference_protocol import INPUT, OUTPUT
+from serving.model import ServedModel
+from serving.tensors import images_of_lists, json_object
+
+CONTENT_TYPE = "application/json"
+
+
+def parse(body: bytes, content_type: str, model: ServedModel) -> np.ndarray:
+    """uint8 images_NHWC of a request with `inputs` (all images of the tensor) or `instances` (image by image)."""
+    if content_type.partition(";")[0].strip().lower() != CONTENT_TYPE:
+        raise RequestError(f"expected Content-Type {CONTENT_TYPE}: the model takes a tensor, no table", 415)
+    message = json_object(body)
+    given = message.keys() - {"params"}
+    if given not in ({"inputs"}, {"instances"}):
+        raise RequestError("expected one of the keys inputs and instances: the model takes a tensor, no table")
+    (key,) = given
+    data: Any = message[key]
+    if isinstance(data, dict):
+        data = data.get(INPUT) if data.keys() == {INPUT} else None
+    elif key == "instances" and isinstance(data, list) and all(isinstance(row, dict) for row in data):
+        data = [row.get(INPUT) for row in data]
+    return images_of_lists(data, model.image_shape, key)
+
+
+def render(logits_NK: np.ndarray) -> bytes:
+    """The response's body."""
+    return orjson.dumps({"predictions": {OUTPUT: logits_NK}}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def render_error(message: str) -> dict[str, str]:
+    """A refusal as MLflow's clients read it."""
+    return {"error_code": "BAD_REQUEST", "message": message}

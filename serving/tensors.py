@@ -1,0 +1,53 @@
+"""Numbers of a JSON message -> uint8 images, checked."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serving import RequestError
+
+Shape = tuple[int, int, int]
+
+
+def json_object(text: bytes | memoryview) -> dict[str, Any]:
+    """The JSON object that a body holds."""
+    try:
+        message = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise RequestError("the body has to be a JSON object")
+    return message
+
+
+def images_of_lists(data: Any, image_shape: Shape, where: str) -> np.ndarray:
+    """Nested lists [n, H, W, C] of whole numbers 0..255 -> uint8 images_NHWC.
+
+    Plain lists and `bytes` take a fifth of the time of np.array, and refuse all but whole numbers that fit.
+    """
+    sizes = ", ".join(map(str, image_shape))
+    wrong = RequestError(f"{where}: expected lists of the shape [n, {sizes}] of whole numbers from 0 to 255")
+    if not isinstance(data, list) or not data:
+        raise wrong
+    count = len(data)
+    try:
+        for side in image_shape:
+            if set(map(len, data)) != {side}:
+                raise wrong
+            data = list(chain.from_iterable(data))
+        return np.frombuffer(bytes(data), np.uint8).reshape(count, *image_shape)
+    except (TypeError, ValueError):
+        raise wrong from None
+
+
+def images_of_flat_list(data: list[Any], count: int, image_shape: Shape, where: str) -> np.ndarray:
+    """A flat list of whole numbers 0..255 -> uint8 images_NHWC."""
+    try:
+        return np.frombuffer(bytes(data), np.uint8).reshape(count, *image_shape)
+    except (TypeError, ValueError):
+        shape = ", ".join(map(str, (count, *image_shape)))
+        raise RequestError(f"{where}: expected whole numbers from 0 to 255, as many as [{shape}] says") from None
