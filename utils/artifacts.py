@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from utils import RunFailed, UsageError
+from utils.refusals import refusal, refusal_of_its_artifacts
 from utils.runtime import without_passwords
 
 MODEL_FILE = "model.onnx"
@@ -208,7 +209,13 @@ def _explained(uri: str, error: Exception) -> Exception:
     code = getattr(error, "error_code", "")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     server = without_passwords(mlflow.get_tracking_uri())
-    if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or isinstance(error, FileNotFoundError):
+    lost = code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or isinstance(error, FileNotFoundError)
+    refused = refusal(error)
+    if lost and uri.startswith("runs:/"):
+        refused = refused or refusal_of_its_artifacts(mlflow.MlflowClient(), _run_of(uri))
+    if refused:
+        return UsageError(f"cannot fetch '{uri}' from {server}: {refused}")
+    if lost:
         return UsageError(f"'{uri}' does not exist on {server}: {reason}")
     if code == "INVALID_PARAMETER_VALUE":
         return UsageError(f"'{uri}' was refused by {server}: {reason}")

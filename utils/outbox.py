@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.refusals import refusal, refusal_of_its_artifacts
 from utils.runtime import without_passwords
 
 BATCH_METRICS = 1000  # MLflow's own limit for the metrics of one log_batch call
@@ -141,6 +142,9 @@ class Outbox:
                 self._send(letter)
             except Exception as error:
                 why = f"{letter.name} ({_brief(error)})"
+                if refused := self._refusal(letter, error):
+                    self._give_up(f"{letter.name} was not taken: {refused}")
+                    break
                 if not _may_pass(error):
                     self._give_up(f"the tracking server refused {why}")
                     break
@@ -158,6 +162,12 @@ class Outbox:
                     _tell("the tracking server is back")
                 return
         self._save(letter)
+
+    def _refusal(self, letter: Letter, error: Exception) -> str:
+        """Why somebody has to be let in first; the server itself may be who is not."""
+        if letter.store and "error responses" in str(error):
+            return refusal_of_its_artifacts(self._client, self._run_id)
+        return refusal(error)
 
     def _send(self, letter: Letter) -> None:
         if letter.send is not None:
@@ -238,6 +248,8 @@ def _http_status(error: BaseException | None) -> int:
 def _brief(error: BaseException) -> str:
     """The first line of an error; of a request that was tried several times, what ended the last try."""
     line = next(iter(str(error).splitlines()), "")
+    if answers := re.search(r"too many (\d+) error responses", line):
+        return f"it answers {answers[1]}, its log says why"
     cause = re.search(r"\(Caused by \w+\(['\"](.*)['\"]\)\)", line)
     return f"{type(error).__name__}: {cause[1] if cause else line}"[:300]
 

@@ -25,6 +25,7 @@ from typing import Any
 from utils import RunFailed, UsageError
 from utils.outbox import FINAL_CODES, Letter, Outbox
 from utils.provenance import Origin, image, run_name, venue
+from utils.refusals import refusal
 from utils.runtime import git_tags, without_passwords
 from utils.settings import as_params, as_text
 
@@ -266,9 +267,9 @@ def _patience_s() -> float:
 
 def _start_error(error: Exception, uri: str) -> Exception:
     code = getattr(error, "error_code", None)
-    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
-        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    elif code == "RESOURCE_DOES_NOT_EXIST":
+    if refused := refusal(error):
+        return UsageError(f"cannot open a run at {without_passwords(uri)}: {refused}")
+    if code == "RESOURCE_DOES_NOT_EXIST":
         advice = "check MLFLOW_RUN_ID and MLFLOW_EXPERIMENT_NAME"
     else:
         advice = "start the server or set MLFLOW_TRACKING_URI"
