@@ -118,7 +118,7 @@ def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.
     labels_N = data.labels_N[rows]
     found = judge(logits_NK, labels_N, data.classes)
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.scores.items())
-    run.describe(found.markdown(split, len(rows)))
+    run.describe(found.sentence(split, len(rows)))
     print(f"{split}: {numbers} ({len(rows)} images)")
     run.dataset(name=data.name, digest=data.digest, source=data.source, context=split, profile={"images": len(rows)})
     run.metrics(found.metrics(split))

@@ -166,7 +166,7 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
-    result = found.markdown("test", len(rows))
+    result = found.sentence("test", len(rows))
     run.describe(result)
     if settings.register_as:
         run.register(settings.register_as, result, facts | {"dataset": data.name, "network": settings.network})

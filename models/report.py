@@ -27,11 +27,10 @@ class Judgement:
         """The scores under the names of a split's metrics."""
         return {f"{split}/{name}": value for name, value in self.scores.items()}
 
-    def markdown(self, split: str, images: int) -> str:
-        """The scores as a sentence and a table."""
-        names, values = " | ".join(self.scores), " | ".join(f"{value:.4f}" for value in self.scores.values())
-        table = f"| {names} |\n|{'--:|' * len(self.scores)}\n| {values} |"
-        return f"**{split.capitalize()} accuracy {self.scores['accuracy']:.4f}** on {images:,} images\n\n{table}"
+    def sentence(self, split: str, images: int) -> str:
+        """The scores in a line, the accuracy first."""
+        first, *others = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())
+        return f"{split.capitalize()} {first} on {images:,} images; {', '.join(others)}"
 
 
 def judge(logits_NK: np.ndarray, labels_N: np.ndarray, classes: Sequence[str]) -> Judgement:

@@ -173,12 +173,12 @@ def test_the_command_in_the_description_makes_the_same_weights(tmp_path: Path) -
     (first,) = client.search_runs(["0"])
     assert first.info.run_name == f"digits-cnn-{first.data.tags['venue']}"
     description = first.data.tags["mlflow.note.content"]
-    made_by, reproduction = re.findall(r"```sh\n(.*?)\n```", description, re.DOTALL)
+    reproduction, made_by = re.findall(r"```sh\n(.*?)\n```", description, re.DOTALL)
     assert made_by.startswith("python train.py --dataset=digits '--data_dir=my data' ")
     shell(reproduction)
     again, _ = client.search_runs(["0"])
     assert again.info.run_id != first.info.run_id
     assert again.data.tags["weights_sha256"] == first.data.tags["weights_sha256"]
     assert again.data.tags["git_commit"] == first.data.tags["git_commit"] == shell("git rev-parse HEAD").strip()
-    assert again.data.tags["mlflow.note.content"].count("Test accuracy") == 1
+    assert again.data.tags["mlflow.note.content"].startswith("Test accuracy")
     assert len(client.search_model_versions("name = 'digits'")) == 1, "it registers nothing"

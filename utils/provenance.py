@@ -122,8 +122,8 @@ class Origin:
         """The run's description."""
         repository = without_passwords(self.tags.get("mlflow.source.git.repoURL", ""))
         where = f"a clone of {repository}" if ":" in repository else "a clone"  # and not a folder of one machine
-        parts = [result, "**Made by**", _fenced(self.command())]
-        parts += [f"**Reproduce** in {where}", _fenced(self.reproduction()), *self._reservations()]
+        parts = [result, f"**Reproduce** in {where}", _fenced(self.reproduction()), *self._reservations()]
+        parts += ["**Made by**", _fenced(self.command())]
         return "\n\n".join(filter(None, parts))
 
     def _launcher(self) -> list[str]:
