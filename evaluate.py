@@ -23,6 +23,8 @@ class Settings:
 
     model_uri: str = setting(REQUIRED, "runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/VERSION or a path")
     dataset: str = setting("", "data set, as for training; empty: the one that the model's run was trained on")
+    data_version: str = setting("", "as for training; empty: if dataset is too, the commit that the model's run had")
+    data_repo: str = setting("", "as for training")
     data_dir: str = setting("data", "folder for downloads and decoded images")
     on_error: str = setting("fail", "what a bad image file does", choices=("fail", "skip"))
     split: str = setting("test", "images to measure on", choices=("train", "val", "test"))
@@ -93,13 +95,13 @@ def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier)
 
     from data_loader.matching import load_matching
     from utils import UsageError
-    from utils.artifacts import run_params
+    from utils.artifacts import data_to_load
 
-    name = settings.dataset or (run_params(model_run_id).get("dataset", "") if model_run_id else "")
-    if not name:
+    asked = data_to_load(settings, model_run_id)
+    if "dataset" not in asked:
         raise UsageError(f"'{settings.model_uri}' does not tell what it was trained on; give dataset=")
     return load_matching(
-        name,
+        **asked,
         classes=classifier.classes,
         image_shape=classifier.image_shape,
         split=settings.split,
@@ -121,6 +123,7 @@ def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.
     run.describe(found.sentence(split, len(rows)))
     print(f"{split}: {numbers} ({len(rows)} images)")
     run.dataset(name=data.name, digest=data.digest, source=data.source, context=split, profile={"images": len(rows)})
+    run.tags(data.version)
     run.metrics(found.metrics(split))
     run.table(per_class(logits_NK, labels_N, data.classes), "tables/per_class.csv")
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")

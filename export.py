@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
     from data_loader.matching import load_matching
     from models.checkpoint import load_network
     from utils import UsageError
-    from utils.artifacts import CHECKPOINTS, NETWORK, fetch_run_file, model_run, run_params
+    from utils.artifacts import CHECKPOINTS, NETWORK, data_to_load, fetch_run_file, model_run
     from utils.tracking import start_run
 
     if settings.output and Path(settings.output).exists():
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
         with start_run(settings, "export", about=("export", settings.model_uri)) as run:
             run.tags({"source_run": source_run})
             data = load_matching(
-                settings.dataset or run_params(source_run)["dataset"],
+                **data_to_load(settings, source_run),
                 classes=spec.classes,
                 image_shape=spec.image_shape,
                 split="test",

@@ -17,6 +17,8 @@ class Settings:
         "digits",
         "digits, mnist, fashion_mnist, cifar10, a folder of class folders, an .npz, s3://bucket/prefix",
     )
+    data_version: str = setting("", "tag, branch or commit in DVC's repository, where dataset is then a path")
+    data_repo: str = setting("", "that repository: a folder or a git address; empty: the project's own")
     data_dir: str = setting("data", "folder for downloads and decoded images")
     image_size: int = setting(0, "pixels a side; 0 keeps the images' own size", minimum=0)
     on_error: str = setting("fail", "what a bad file does", choices=("fail", "skip"))
@@ -28,14 +30,18 @@ def main(settings: Settings) -> None:
     from data_loader.pictures import class_histogram, sample_grid
     from utils import tracking
 
-    with tracking.start_run(settings, entry_point="load_data", about=("load_data", settings.dataset)) as run:
+    about = ("load_data", f"{settings.dataset}@{settings.data_version}".rstrip("@"))
+    with tracking.start_run(settings, entry_point="load_data", about=about) as run:
         dataset = load(
             settings.dataset,
             data_dir=Path(settings.data_dir),
             image_size=settings.image_size,
             on_error=settings.on_error,
+            data_version=settings.data_version,
+            data_repo=settings.data_repo,
         )
-        run.params({"data_digest": dataset.digest})
+        run.tags(dataset.version)
+        run.params({"data_digest": dataset.digest, **dataset.version})
         run.dataset(
             name=dataset.name,
             digest=dataset.digest,
@@ -57,6 +63,8 @@ def main(settings: Settings) -> None:
     print(f"{dataset.name}: {found}")
     print(f"  image   {height}x{width}x{channels} uint8")
     print(f"  digest  {dataset.digest}")
+    for name, value in dataset.version.items():
+        print(f"  {name.removeprefix('data_'):<7} {value}")
     for entry in bad[:10]:
         print(f"  left out: {entry['path']!r}: {entry['reason']}")
     if len(bad) > 10:

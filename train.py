@@ -24,6 +24,8 @@ class Settings:
     """Train an image classifier and log it to MLflow."""
 
     dataset: str = setting("digits", "digits, mnist, fashion_mnist, cifar10, a folder, an .npz or s3://bucket/prefix")
+    data_version: str = setting("", "tag, branch or commit in DVC's repository, where dataset is then a path")
+    data_repo: str = setting("", "that repository: a folder or a git address; empty: the project's own")
     data_dir: str = setting("data", "folder for downloads and decoded images")
     image_size: int = setting(0, "resize images to this many pixels a side; 0 keeps their own size", minimum=0)
     on_error: str = setting("fail", "what a bad image file does", choices=("fail", "skip"))
@@ -64,17 +66,20 @@ def main(settings: Settings) -> None:
     make_deterministic()
     compute = Compute.pick(settings.device, settings.precision)
     rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
-    about = (settings.dataset, settings.network)
+    about = (f"{settings.dataset}@{settings.data_version}".rstrip("@"), settings.network)
     with compute.processes(), start_run(settings, "main", about=about, enabled=leads) as run, run.system_metrics():
         data = load(
             settings.dataset,
             data_dir=Path(settings.data_dir),
             image_size=settings.image_size,
             on_error=settings.on_error,
+            data_version=settings.data_version,
+            data_repo=settings.data_repo,
         )
         compute.agree("data_digest", data.digest)
         run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=data.profile())
-        run.params({"data_digest": data.digest, **data.profile(), **compute.facts()})
+        run.tags(data.version)
+        run.params({"data_digest": data.digest, **data.version, **data.profile(), **compute.facts()})
 
         torch.manual_seed(settings.seed)
         spec = NetworkSpec(settings.network, dataset=settings.dataset, **data.facts())

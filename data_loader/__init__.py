@@ -8,3 +8,9 @@ class DataError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Unreachable(DataError):
+    """A place with data that is away; the same words may do later."""
+
+    exit_code = 1

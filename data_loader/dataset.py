@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from data_loader import DataError, cache, manifest
 from data_loader.batches import channel_statistics
 from data_loader.sources import Source, find
+from data_loader.versions import VersionedSource
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Dataset:
     labels_N: np.ndarray
     rows: dict[str, np.ndarray]
     manifest: dict[str, Any]
+    version: dict[str, str] = field(default_factory=dict)
+    """What was asked for and what that was (data_version, data_commit), where DVC keeps the data; else empty."""
 
     def profile(self) -> dict[str, str | int]:
         """Its size in a few numbers."""
@@ -50,21 +53,34 @@ class Dataset:
         }
 
 
-def load(dataset: str, *, data_dir: Path, image_size: int = 0, on_error: str = "fail") -> Dataset:
+def load(
+    dataset: str,
+    *,
+    data_dir: Path,
+    image_size: int = 0,
+    on_error: str = "fail",
+    data_version: str = "",
+    data_repo: str = "",
+) -> Dataset:
     """Make a data set ready and open it.
 
     dataset: digits, mnist, fashion_mnist, cifar10, a folder of class folders, an .npz file, or an
     s3://bucket/prefix of either. data_dir: where downloads, manifests and decoded images are kept; whatever
     is there already is not made again. image_size: pixels a side, 0 for the images' own size. on_error:
-    what bad files do, "fail" or "skip". Raises DataError for anything that the user has to put right.
+    what bad files do, "fail" or "skip". data_version: a tag, branch or commit of the git repository data_repo (a
+    folder or an address; empty: the project's own), in which dataset is then a path of DVC's or git's. Raises DataError
+    for anything that the user has to put right.
     """
     if on_error not in ("fail", "skip"):
         raise DataError(f"on_error={on_error!r}; allowed: fail, skip")
     if image_size < 0:
         raise DataError(f"image_size={image_size}; allowed: 0 (the images' own size) or a number of pixels")
     data_dir = Path(data_dir)
-    source = find(dataset, data_dir)
-    ready = None if dataset.startswith("s3://") else _open(source, data_dir, image_size)
+    if data_repo and not data_version:
+        raise DataError(f"data_repo={data_repo!r} without data_version; give a tag, branch or commit of it")
+    versioned = VersionedSource(dataset, data_version, data_repo, data_dir) if data_version else None
+    source = versioned or find(dataset, data_dir)
+    ready = _open(source, data_dir, image_size)
     if ready is None:
         try:
             ready = _prepare(source, data_dir, image_size)
@@ -72,6 +88,8 @@ def load(dataset: str, *, data_dir: Path, image_size: int = 0, on_error: str = "
             raise DataError(f"cannot prepare {source.source} in data_dir={data_dir}: {error}") from None
     if on_error == "fail":
         manifest.refuse_bad(ready.manifest)
+    if versioned:
+        return replace(ready, version={"data_version": data_version, "data_commit": versioned.commit})
     return ready
 
 

@@ -14,15 +14,25 @@ def load_matching(
     split: str,
     data_dir: Path,
     on_error: str = "fail",
+    data_version: str = "",
+    data_repo: str = "",
 ) -> Dataset:
     """Load `dataset` in the size that a model takes.
 
-    classes and image_shape (height, width, channels) are the model's. Raises DataError where the data set has
+    classes and image_shape (height, width, channels) are the model's; data_version and data_repo are those of load().
+    Raises DataError where the data set has
     others, or no image in `split`.
     """
     height, width, _ = image_shape
     size = height if height == width else 0
-    data = load(dataset, data_dir=data_dir, image_size=size, on_error=on_error)
+    data = load(
+        dataset,
+        data_dir=data_dir,
+        image_size=size,
+        on_error=on_error,
+        data_version=data_version,
+        data_repo=data_repo,
+    )
     check_matching(data, classes, image_shape)
     if not len(data.rows[split]):
         have = ", ".join(f"{name} {len(rows)}" for name, rows in data.rows.items())

@@ -1,31 +1,28 @@
 """An s3://bucket/prefix, mirrored into the data directory; then it is a folder or an .npz like any other.
 
-An object is downloaded under a temporary name, checked against the size and the ETag that the listing gave,
-and renamed. Objects that have not changed are not downloaded again; what was deleted in the bucket goes
-from the mirror. Credentials come from boto3's own chain, the endpoint from the environment.
+An object is checked against the size and the ETag that the listing gave; one that has not changed is not downloaded
+again. Credentials come from boto3's own chain, the endpoint from the environment.
 """
 
 import hashlib
 import os
-import shutil
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from data_loader import DataError
 from data_loader.folder import FolderSource
-from data_loader.manifest import Contents, load, save
+from data_loader.manifest import Contents
+from data_loader.mirror import CONNECTIONS, Wanted, refused, synchronise
 from data_loader.npz import NpzSource
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
-CONNECTIONS = 16
 CHUNK_BYTES = 2**20
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ATTEMPTS = 5, 30, 3
-NAME_BYTES = 255  # the longest file name that common file systems take
 
 
 @dataclass
@@ -65,13 +62,16 @@ class S3Source:
         if not objects:
             raise DataError(f"{self.source} at {endpoint() or 'AWS'} holds no objects; check the bucket and the prefix")
         start = len(prefix) - len(PurePosixPath(prefix).name) if single else len(prefix) + bool(prefix)
-        wanted = {key[start:]: (key, *about) for key, about in objects.items()}
-        refused = _refused(wanted)
+        wanted = {
+            key[start:]: Wanted(f"{size} {etag}", partial(_download, client, bucket, key, size, etag))
+            for key, (size, etag) in objects.items()
+        }
+        unsafe = refused(wanted)
         mirror = self.data_dir / "s3" / hashlib.sha256(f"{endpoint()} {self.source}".encode()).hexdigest()[:16]
-        _synchronise(client, bucket, mirror, {name: it for name, it in wanted.items() if name not in refused})
+        files = synchronise(mirror, {name: it for name, it in wanted.items() if name not in unsafe})
         if single:
-            return NpzSource(mirror / "files" / PurePosixPath(prefix).name, self.source)
-        return FolderSource(mirror / "files", self.source, tuple(sorted(refused.items())))
+            return NpzSource(files / PurePosixPath(prefix).name, self.source)
+        return FolderSource(files, self.source, tuple(sorted(unsafe.items())))
 
 
 _USUAL = (
@@ -151,62 +151,6 @@ def _list_objects(client: Any, bucket: str, prefix: str) -> dict[str, tuple[int,
     }
 
 
-def _refused(names: dict[str, Any]) -> dict[str, str]:
-    """{name: why it cannot be a file below the mirror}"""
-    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    refused = {}
-    for name in names:
-        parts = name.split("/")
-        if any(part in ("", ".", "..") or "\0" in part for part in parts):
-            refused[name] = "unsafe object key: an empty part, . or .."
-        elif any(len(part.encode()) > NAME_BYTES for part in parts):
-            refused[name] = f"object key with a part of more than {NAME_BYTES} bytes"
-        elif name in folders:
-            refused[name] = "object key that is also the folder of others"
-    return refused
-
-
-def _synchronise(client: Any, bucket: str, mirror: Path, wanted: dict[str, tuple[str, int, str]]) -> None:
-    """Make mirror/files hold exactly `wanted`: {name: (key, bytes, ETag)}."""
-    from tqdm import tqdm
-
-    files, partial, state_path = mirror / "files", mirror / ".partial", mirror / "objects.json"
-    state = load(state_path) or {}
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _remove_others(files, wanted.keys())
-    missing = {
-        name: (key, size, etag)
-        for name, (key, size, etag) in wanted.items()
-        if state.get(name) != [size, etag] or not _has_size(files / name, size)
-    }
-    state = {name: [size, etag] for name, (_, size, etag) in wanted.items() if name not in missing}
-    save(state_path, state)
-    files.mkdir(parents=True, exist_ok=True)
-    total = sum(size for _, size, _ in missing.values())
-    with (
-        ThreadPoolExecutor(CONNECTIONS) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=None, delay=1) as bar,
-    ):
-        waiting = {}
-        for number, (name, (key, size, etag)) in enumerate(missing.items()):
-            temporary = partial / str(number)
-            waiting[pool.submit(_download, client, bucket, key, size, etag, temporary)] = name, temporary
-        try:
-            for future in as_completed(waiting):
-                future.result()
-                name, temporary = waiting[future]
-                (files / name).parent.mkdir(parents=True, exist_ok=True)
-                temporary.replace(files / name)
-                _, size, etag = missing[name]
-                state[name] = [size, etag]
-                bar.update(size)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            save(state_path, state)
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def _download(client: Any, bucket: str, key: str, size: int, etag: str, path: Path) -> None:
     """One object to a file; IfMatch refuses one that changed since it was listed."""
     answer = client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
@@ -221,21 +165,3 @@ def _download(client: Any, bucket: str, key: str, size: int, etag: str, path: Pa
     keyed = answer.get("SSECustomerAlgorithm") or answer.get("ServerSideEncryption", "AES256") != "AES256"
     if count != size or not ("-" in etag or keyed or md5.hexdigest() == etag):
         raise DataError(f"s3://{bucket}/{key} arrived damaged ({count} of {size} bytes); try again")
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
-def _remove_others(root: Path, wanted: Collection[str]) -> None:
-    """Delete every file below root that is not wanted, and the folders that this leaves empty."""
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            path = Path(folder, name)
-            if path.relative_to(root).as_posix() not in wanted:
-                path.unlink()
-        if not any(Path(folder).iterdir()):
-            Path(folder).rmdir()

@@ -6,6 +6,7 @@ MLflow is imported only when a URI needs it: a model in a local folder costs not
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,33 @@ def run_params(run_id: str) -> dict[str, str]:
     with mlflow_errors(f"runs:/{run_id}"):
         import mlflow
 
-        return dict(mlflow.MlflowClient().get_run(run_id).data.params)
+        params = mlflow.MlflowClient().get_run(run_id).data.params
+    return {name: _unquoted(value) for name, value in params.items()}
+
+
+def _unquoted(text: str) -> str:
+    """A parameter as it was given: `mlflow run` logs texts as a shell quotes them, an empty one as two quotes."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return text
+    return words[0] if len(words) == 1 and shlex.quote(words[0]) == text else text
+
+
+def data_to_load(settings: Any, trained_by: str) -> dict[str, str]:
+    """dataset, data_version and data_repo as the settings have them, without those that are empty.
+
+    Where they name no data set it is the one that the run `trained_by` was trained on, at the commit that it had then.
+    """
+    names = ("dataset", "data_version", "data_repo")
+    asked = {name: value for name in names if (value := getattr(settings, name, ""))}
+    if "dataset" in asked or not trained_by:
+        return asked
+    params = run_params(trained_by)
+    trained = {name: params[name] for name in names if params.get(name)}
+    if "data_commit" in params:
+        trained["data_version"] = params["data_commit"]
+    return trained | asked
 
 
 def log_onnx_model(run_id: str, path: Path, example: Any, step: int = 0) -> str:
