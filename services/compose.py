@@ -43,25 +43,29 @@ class Stack:
 
     def up(self) -> None:
         """Start everything in order, and return when it is healthy."""
-        storage = [name for name in profiles(self.values) if name != "tls"]
         print("Building the server's image; the first time takes some minutes", flush=True)
-        self._run("build", "server")
-        self._run("up", "--detach", *storage)
-        self._wait(storage)
-        if "s3" in storage:
-            self._make_bucket()
-        self._run("up", "--detach", "--remove-orphans")
+        self.run("build", "server")
+        self.start_storage()
+        self.run("up", "--detach", "--remove-orphans")
         self._wait(["server"])
         self._remove_unused()
         if self.values["TLS"] != "off":
             self._wait_for_tls()
         print(welcome(self.values))
 
+    def start_storage(self) -> None:
+        """Start the database and the S3 server, with its bucket."""
+        storage = [name for name in profiles(self.values) if name != "tls"]
+        self.run("up", "--detach", *storage)
+        self._wait(storage)
+        if "s3" in storage:
+            self._make_bucket()
+
     def all_profiles(self) -> dict[str, str]:
         """The environment in which Compose minds the services of every profile, not only of those in use."""
         return {**self.environment, "COMPOSE_PROFILES": ",".join(SERVICES)}
 
-    def _run(self, *words: str, text: str = "", all_profiles: bool = False) -> str:
+    def run(self, *words: str, text: str = "", all_profiles: bool = False) -> str:
         """A command of Compose; what it says is shown only if it fails."""
         done = subprocess.run(
             [*self.command, *words],
@@ -100,12 +104,12 @@ class Stack:
 
     def _states(self) -> Iterator[tuple[str, Any]]:
         """The service and Docker's description of the state of each container."""
-        if found := self._run("ps", "--quiet").split():
+        if found := self.run("ps", "--quiet").split():
             for one in json.loads(docker("inspect", *found)):
                 yield one["Config"]["Labels"]["com.docker.compose.service"], one["State"]
 
     def _last_words(self, service: str) -> str:
-        lines = [line for line in self._run("logs", "--no-color", "--tail=20", service).splitlines() if line.strip()]
+        lines = [line for line in self.run("logs", "--no-color", "--tail=20", service).splitlines() if line.strip()]
         said = [line.split("|", 1)[-1].strip() for line in lines] or ["(it said nothing)"]
         return next((line for line in reversed(said) if line.startswith("error:")), said[-1]).removeprefix("error: ")
 
@@ -117,19 +121,19 @@ class Stack:
                 raise Refused(f"the proxy shows no certificate: {self._last_words('proxy')}", 1)
             time.sleep(0.5)
         if self.values["TLS"] == "internal":
-            AUTHORITY.write_text(self._run("exec", "-T", "proxy", "cat", "/data/caddy/pki/authorities/local/root.crt"))
+            AUTHORITY.write_text(self.run("exec", "-T", "proxy", "cat", "/data/caddy/pki/authorities/local/root.crt"))
 
     def _remove_unused(self) -> None:
         """End what an earlier start had and these settings have not; its data stays."""
         unused = sorted(SERVICES.keys() - set(profiles(self.values)))
-        self._run("rm", "--stop", "--force", *(SERVICES[profile] for profile in unused), all_profiles=True)
+        self.run("rm", "--stop", "--force", *(SERVICES[profile] for profile in unused), all_profiles=True)
 
     def _make_bucket(self) -> None:
         """In the S3 server's own shell, which needs no keys; a bucket that is there stays."""
         shell = ("exec", "-T", "s3", "weed", "shell")
         bucket = self.values["S3_BUCKET"]
-        if not re.search(rf"^\s*{re.escape(bucket)}\s", self._run(*shell, text="s3.bucket.list\n"), re.MULTILINE):
-            self._run(*shell, text=f"s3.bucket.create -name {bucket}\n")
+        if not re.search(rf"^\s*{re.escape(bucket)}\s", self.run(*shell, text="s3.bucket.list\n"), re.MULTILINE):
+            self.run(*shell, text=f"s3.bucket.create -name {bucket}\n")
 
 
 def profiles(values: Mapping[str, str]) -> list[str]:
