@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest_plugins = ["s3_server", "services_stack", "tracking_server"]
+pytest_plugins = ["s3_server", "service", "services_stack", "tracking_server"]
 
 
 def missing(reason: str) -> NoReturn:
