@@ -9,7 +9,7 @@ IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Nothing here reports to anyone: MLflow would send usage data.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help run test lint lock ui bench services clean
+.PHONY: help run test lint lock scan ui bench services clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ lint: .venv/installed-dev  ## check style, types and file hygiene
 
 lock: .venv/installed-dev  ## remake the locks and conda.yaml (ARGS=--upgrade: newest releases)
 	@$(IN_VENV) python .ci/lock.py $(ARGS)
+
+scan: .venv/installed-dev  ## look for known security holes in the locks and, with trivy, the images
+	@$(IN_VENV) python .ci/scan.py $(ARGS)
 
 # One worker and no job runners: a fifth of the memory, and plenty for one person.
 ui: .venv/installed  ## serve the tracking UI on http://127.0.0.1:5000 (ARGS="--port 5001": elsewhere)
