@@ -119,6 +119,7 @@ class Bench:
                 done = subprocess.run(line, env=environment, capture_output=True, text=True)
                 assert done.returncode == 0, f"{entry_point}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
                 (run,) = self.client.search_runs([experiment], f"tags.entry_point = '{entry_point}'")
+                assert run.data.tags["venue"] == manager
                 outcomes[entry_point] = outcome(self.client, run)
                 if entry_point == "main":
                     model_uri = f"runs:/{run.info.run_id}/model"

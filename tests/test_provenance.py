@@ -30,23 +30,24 @@ def of(settings: object, **facts: object) -> Origin:
 
 
 @pytest.mark.parametrize(
-    ("cfg", "folder", "expected"),
+    ("name", "cfg", "folder", "expected"),
     [
-        ("home = /usr/bin\nuv = 0.9.1\n", "", "uv"),
-        ("home = /usr\nvirtualenv = 20.30.0\n", "", "virtualenv"),
-        ("command = python -m venv /uv = x\n", "", "local"),
-        ("", "conda-meta", "conda"),
-        ("", "", "local"),
+        ("mlflow-" + "0" * 40, "home = /usr/bin\nuv = 0.9.1\n", "", "uv"),
+        ("mlflow-" + "0" * 40, "home = /usr/bin\nversion = 3.11.7\n", "", "virtualenv"),
+        (".venv", "home = /usr\nvirtualenv = 20.30.0\n", "", "virtualenv"),
+        (".venv", "command = python -m venv /uv = x\n", "", "local"),
+        ("mlflow-env", "", "conda-meta", "conda"),
+        ("usr", "", "", "local"),
     ],
 )
 def test_an_environment_is_known_by_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: str, folder: str, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cfg: str, folder: str, expected: str
 ) -> None:
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    prefix = tmp_path / name
+    (prefix / folder).mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(prefix))
     if cfg:
-        (tmp_path / "pyvenv.cfg").write_text(cfg)
-    if folder:
-        (tmp_path / folder).mkdir()
+        (prefix / "pyvenv.cfg").write_text(cfg)
     assert provenance.venue(PROJECT) == expected
 
 

@@ -38,13 +38,21 @@ def venue(tags: Mapping[str, str]) -> str:
             return "kubernetes"
         if any(mark.exists() for mark in _CONTAINER_MARKS):
             return tags.get("mlproject.backend", "docker")
-    if (Path(sys.prefix) / "conda-meta").is_dir():
+    return _environment(Path(sys.prefix))
+
+
+def _environment(prefix: Path) -> str:
+    """Which tool made the Python environment."""
+    if (prefix / "conda-meta").is_dir():
         return "conda"
-    try:
-        maker = (Path(sys.prefix) / "pyvenv.cfg").read_text("utf-8")
-    except OSError:
-        return "local"
-    return next((tool for tool in ("uv", "virtualenv") if re.search(rf"^{tool} *=", maker, re.MULTILINE)), "local")
+    cfg = prefix / "pyvenv.cfg"
+    lines = cfg.read_text("utf-8").splitlines() if cfg.is_file() else []
+    tools = {line.partition("=")[0].strip() for line in lines}
+    if "uv" in tools:
+        return "uv"
+    # MLflow's own for --env-manager virtualenv, which it makes with `python -m venv`, has this name.
+    made_by_mlflow = re.fullmatch("mlflow-[0-9a-f]{40}", prefix.name)
+    return "virtualenv" if "virtualenv" in tools or made_by_mlflow else "local"
 
 
 def image(tags: Mapping[str, str]) -> str:
