@@ -22,6 +22,7 @@ SCRIPTS = {
     "evaluate": "evaluate",
     "predict": "predict",
     "export": "export",
+    "serve": "serve",
 }
 
 
