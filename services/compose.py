@@ -19,7 +19,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,22 +91,24 @@ class Stack:
         """Until the services are healthy, with a line for each that becomes so."""
         waiting, deadline = set(services), time.monotonic() + PATIENCE_S
         while waiting:
-            for name, state in self._states():
-                if name in waiting and state["Health"]["Status"] == "healthy":
+            states = self._states()
+            for name in sorted(waiting & states.keys()):
+                if states[name]["Health"]["Status"] == "healthy":
                     print(f"{name} is up", flush=True)
                     waiting.remove(name)
-                elif name in waiting and state["Status"] in ("restarting", "exited"):
+                elif states[name]["Status"] in ("restarting", "exited"):
                     raise Refused(f"{name} ended: {self._last_words(name)}", 1)
             if time.monotonic() > deadline:
                 names = ", ".join(sorted(waiting))
                 raise Refused(f"not up after {PATIENCE_S} s: {names}; look at: python3 services/compose.py logs", 1)
             time.sleep(0.5)
 
-    def _states(self) -> Iterator[tuple[str, Any]]:
-        """The service and Docker's description of the state of each container."""
-        if found := self.run("ps", "--quiet").split():
-            for one in json.loads(docker("inspect", *found)):
-                yield one["Config"]["Labels"]["com.docker.compose.service"], one["State"]
+    def _states(self) -> dict[str, Any]:
+        """Docker's description of the state of each container, by service."""
+        labels = [f"label=com.docker.compose.{label}" for label in (f"project={project()}", "oneoff=False")]
+        found = docker("ps", "--all", "--quiet", "--filter", labels[0], "--filter", labels[1]).split()
+        described = json.loads(docker("inspect", *found)) if found else []
+        return {one["Config"]["Labels"]["com.docker.compose.service"]: one["State"] for one in described}
 
     def _last_words(self, service: str) -> str:
         lines = [line for line in self.run("logs", "--no-color", "--tail=20", service).splitlines() if line.strip()]
@@ -125,8 +127,9 @@ class Stack:
 
     def _remove_unused(self) -> None:
         """End what an earlier start had and these settings have not; its data stays."""
-        unused = sorted(SERVICES.keys() - set(profiles(self.values)))
-        self.run("rm", "--stop", "--force", *(SERVICES[profile] for profile in unused), all_profiles=True)
+        used = {"server", *(SERVICES[profile] for profile in profiles(self.values))}
+        if unused := sorted(self._states().keys() - used):
+            self.run("rm", "--stop", "--force", *unused, all_profiles=True)
 
     def _make_bucket(self) -> None:
         """In the S3 server's own shell, which needs no keys; a bucket that is there stays."""

@@ -17,7 +17,7 @@ quoted() {
 
 socket=(--socket=/run/mysqld/mysqld.sock)
 if [ ! -d /var/lib/mysql/mysql ]; then
-    if [ -z "${MARIADB_ROOT_PASSWORD:-}${MARIADB_RANDOM_ROOT_PASSWORD:-}" ]; then
+    if [ -z "${MARIADB_ALLOW_EMPTY_ROOT_PASSWORD:-}" ]; then
         echo "Database is uninitialized and password option is not specified" >&2
         exit 1
     fi
