@@ -136,7 +136,7 @@ def main(settings: Settings) -> None:
 
 def log(settings: Settings, files: list[Path]) -> Logged:
     """One run through the project's own tracking."""
-    times = []
+    times: list[tuple[int, int]] = []
     with start_run(settings, "heavy_run") as run:
         logged = Logged(run.id, settings, times)
         print(f"run {run.id}", flush=True)
