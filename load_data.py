@@ -30,7 +30,7 @@ def main(settings: Settings) -> None:
     from data_loader.pictures import class_histogram, sample_grid
     from utils import tracking
 
-    about = ("load_data", f"{settings.dataset}@{settings.data_version}".rstrip("@"))
+    about = ("load_data", settings.dataset, settings.data_version)
     with tracking.start_run(settings, entry_point="load_data", about=about) as run:
         dataset = load(
             settings.dataset,

@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     make_deterministic()
     compute = Compute.pick(settings.device, settings.precision)
     rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
-    about = (f"{settings.dataset}@{settings.data_version}".rstrip("@"), settings.network)
+    about = (settings.dataset, settings.data_version, settings.network)
     with compute.processes(), start_run(settings, "main", about=about, enabled=leads) as run, run.system_metrics():
         data = load(
             settings.dataset,
@@ -174,7 +174,8 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     result = found.sentence("test", len(rows))
     run.describe(result)
     if settings.register_as:
-        run.register(settings.register_as, result, facts | {"dataset": data.name, "network": settings.network})
+        facts |= {"dataset": data.name, "network": settings.network, **data.version}
+        run.register(settings.register_as, result, facts)
     run.flush()
     print(f"test accuracy {found.scores['accuracy']:.4f} on {len(rows)} images; run {run.id}", flush=True)
 

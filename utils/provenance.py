@@ -64,7 +64,7 @@ def run_name(present: str, about: Sequence[str], venue: str) -> str:
     """What the run is about and its venue (`digits-cnn-docker`), unless somebody chose the present name."""
     if present and not is_random(present):
         return present
-    return "-".join([*map(short, about), venue])[:LONGEST_NAME]
+    return "-".join([*(short(each) for each in about if each), venue])[:LONGEST_NAME]
 
 
 def is_random(name: str) -> bool:
