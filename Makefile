@@ -3,16 +3,20 @@
 
 PYTHON ?= python3
 ARGS ?=
+BACKUP ?=
+FORCE ?=
 URI = $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+# With Docker alone there is no .venv, and none is needed.
+SERVICES_PYTHON = $$(test -e .venv/installed-services && echo .venv/bin/python || echo $(PYTHON))
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 # Nothing here reports to anyone: MLflow would send usage data.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help run test lint lock scan ui bench services clean
+.PHONY: help run test lint lock scan ui bench services services-local services-stop backup restore upgrade clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 run: .venv/installed  ## train on the embedded data set with `mlflow run`, making .venv first
 	@$(IN_VENV) MLFLOW_TRACKING_URI="$(URI)" mlflow run --env-manager local . $(ARGS)
@@ -42,6 +46,21 @@ bench: .venv/installed-dev  ## run every benchmark; each prints its ratio last
 services:  ## start the team's tracking server with Docker Compose (settings: services/.env)
 	@$(PYTHON) services/compose.py up
 
+services-local: .venv/installed-services  ## start the tracking server without Docker, on loopback
+	@$(SERVICES_PYTHON) services/local.py start
+
+services-stop:  ## end what `make services-local` started; its data stays
+	@$(SERVICES_PYTHON) services/local.py stop
+
+backup:  ## write the tracking server's databases and artifacts to services/backups/
+	@$(SERVICES_PYTHON) services/backup.py backup
+
+restore:  ## put a backup back (BACKUP=services/backups/TIME; FORCE=1: over what is there)
+	@FORCE="$(FORCE)" $(SERVICES_PYTHON) services/backup.py restore "$(BACKUP)"
+
+upgrade:  ## after new locks: a backup, then the tracking server's databases to the new MLflow's schema
+	@$(SERVICES_PYTHON) services/backup.py upgrade
+
 clean:  ## remove .venv and the tools' caches; runs and data stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -63,4 +82,9 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 .venv/installed-dev: .venv/installed requirements-dev.lock plugin/pyproject.toml
 	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable ./plugin
+	@touch $@
+
+# The tracking server's packages have the project's versions, so both live in one environment.
+.venv/installed-services: .venv/installed services/requirements.lock
+	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r services/requirements.lock
 	@touch $@

@@ -5,7 +5,7 @@
     python services/artifacts.py count           how many there are
 
 It reads ARTIFACTS_FOLDER, or S3_ENDPOINT_URL, S3_REGION, S3_BUCKET, S3_PREFIX and S3_ACCESS_KEY with S3_SECRET_KEY. How
-far it has come is told on standard error: bytes done, bytes in all.
+far a save has come is told on standard error: bytes done, bytes in all.
 """
 
 from __future__ import annotations
@@ -165,7 +165,6 @@ def load(store: Store, source: IO[bytes]) -> None:
     """Put every artifact of a tar archive in its place, and then remove those that are not in it."""
     loaded = set()
     with tarfile.open(fileobj=source, mode="r|") as archive:
-        progress = Progress(int(os.environ.get("ARCHIVE_BYTES", 0)))
         for entry in archive:
             with tempfile.SpooledTemporaryFile(IN_MEMORY) as content:
                 file = archive.extractfile(entry)
@@ -175,7 +174,6 @@ def load(store: Store, source: IO[bytes]) -> None:
                 content.seek(0)
                 store.write(entry.name, content)
             loaded.add(entry.name)
-            progress.add(entry.size)
     for name, _ in list(store.sizes()):
         if name not in loaded:
             store.remove(name)

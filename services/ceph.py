@@ -125,6 +125,7 @@ class Ceph:
         user["data"]["keys"] = [{"user": name, "access_key": access_key, "secret_key": secret_key}]
         if admin:
             user["data"]["caps"] = [{"type": "user-policy", "perm": "*"}]
+            user["data"]["admin"] = 1  # else it could not read what others wrote into its own bucket
         self._admin("metadata", "put", key, text=json.dumps(user))
 
     def _admin(self, *words: str, text: str | None = None) -> str:
