@@ -110,6 +110,15 @@ def test_an_unknown_run_and_an_absent_server_are_one_line(project: Path, monkeyp
         pass
 
 
+def test_a_patience_that_is_no_number_is_refused_before_there_is_a_run(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKING_PATIENCE_S", "10 min")
+    with pytest.raises(UsageError, match="TRACKING_PATIENCE_S is '10 min'"), start_run(Settings(), "main"):
+        pass
+    assert mlflow.search_runs(search_all_experiments=True).empty
+
+
 def train(start: Start, server: TrackingServer, epochs: int, **environment: str) -> "subprocess.Popen[str]":
     """Training on digits, started; gives control back after its first epoch."""
     flags = (f"--epochs={epochs}", "--log_every=1", "--precision=fp32", "--device=cpu")
