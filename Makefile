@@ -59,6 +59,7 @@ restore:  ## put a backup back (BACKUP=services/backups/TIME; FORCE=1: over what
 	@FORCE="$(FORCE)" $(SERVICES_PYTHON) services/backup.py restore "$(BACKUP)"
 
 upgrade:  ## after new locks: a backup, then the tracking server's databases to the new MLflow's schema
+	@test ! -d services/data/postgresql || $(MAKE) --no-print-directory .venv/installed-services
 	@$(SERVICES_PYTHON) services/backup.py upgrade
 
 clean:  ## remove .venv and the tools' caches; runs and data stay
