@@ -30,7 +30,12 @@ SERVICES = {"postgresql": "postgresql", "mariadb": "mariadb", "s3": "s3", "tls":
 PATIENCE_S = 300
 TLS_PATIENCE_S = 30
 AUTHORITY = FOLDER / "tls-root.crt"
-PORT_TAKEN = re.compile(r"(?:listen tcp4? |[Bb]ind for )([\d.:\[\]]+):(\d+)\b.*(?:in use|allocated)")
+# "Bind for HOST:PORT failed: port is already allocated", "listen tcp4 HOST:PORT: bind: address already in use", and
+# since Engine 28 "failed to bind host port HOST:PORT/tcp: address already in use".
+PORT_TAKEN = re.compile(
+    r"(?:listen tcp[46]? |bind for |bind host port (?:for )?)([\d.]+|\[[\da-f:]+\]):(\d+)\b.*(?:in use|allocated)",
+    re.IGNORECASE,
+)
 
 
 class Stack:

@@ -304,6 +304,21 @@ def test_lost_settings_are_not_replaced(stack: Stack) -> None:
     (stack.folder / "kept").rename(stack.folder / ".env")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "programming external connectivity failed: Bind for 127.0.0.1:5000 failed: port is already allocated",
+        "Error starting userland proxy: listen tcp4 127.0.0.1:5000: bind: address already in use",
+        "failed to bind host port 127.0.0.1:5000/tcp: address already in use",
+        "failed to bind host port for 127.0.0.1:5000:172.18.0.2:5000/tcp: address already in use",
+    ],
+)
+def test_how_docker_says_that_a_port_is_taken(said: str) -> None:
+    import compose
+
+    assert (found := compose.PORT_TAKEN.search(said)) and found.groups() == ("127.0.0.1", "5000")
+
+
 def test_a_port_that_is_taken(stack: Stack) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -36,7 +36,7 @@ def rendered() -> list[Object]:
 def secret(tmp_path_factory: pytest.TempPathFactory) -> Object:
     """The Secret that the command in docs/operations.md makes from services/.env."""
     section = (ROOT / "docs" / "operations.md").read_text().split("## Bring it up on Kubernetes")[1].split("\n## ")[0]
-    (command,) = re.findall(r"^kubectl create secret .*?[^\\]$", section, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^kubectl create secret .*$", section, re.MULTILINE)
     folder = tmp_path_factory.mktemp("secret")
     (folder / "services").mkdir()
     import settings
