@@ -50,8 +50,8 @@ SECRETS = (*PASSWORDS, *SERVER_KEYS, *ADMIN_KEYS)
 KNOWN = (*RULES, *SECRETS)
 SHORTEST_PASSWORD = 12  # MLflow accepts no shorter one
 WELL_KNOWN = re.compile(
-    r"(admin|mlflow|minio|minioadmin|postgres|mysql|mariadb|root|test|secret|password|passw0rd|change-?me|"
-    r"change-?this|your|example|x{3,}|1234)+[\W_\d]*",
+    r"((admin|mlflow|minio|minioadmin|postgres|mysql|mariadb|root|test|secret|password|passw0rd|change-?me|"
+    r"change-?this|your|example|x{3,}|1234)[\W_\d]*)+",
     re.IGNORECASE,
 )
 

@@ -312,3 +312,77 @@ def new_stack(new_database: Callable[..., Database]) -> Iterator[Callable[..., S
             return Stack(database, server, s3)
 
         yield new
+
+
+class Place:
+    """A copy of services/ in a path with a space and a quote, whose scripts run as from its own Makefile."""
+
+    def __init__(self, folder: Path):
+        folder.chmod(0o755)  # PostgreSQL's user has to pass
+        self.folder = folder
+        self.services = folder / "the team's server" / "services"
+        left_out = shutil.ignore_patterns(".env", "data", "backups", "__pycache__", "kubernetes")
+        shutil.copytree(SERVICES, self.services, ignore=left_out)
+        self.ports = {name: str(free_port()) for name in ("MLFLOW_PORT", "DATABASE_PORT", "S3_PORT")}
+        self.uri = f"http://127.0.0.1:{self.ports['MLFLOW_PORT']}"
+        self.known_password = ""
+
+    def command(self, *words: str, **more: str) -> dict[str, Any]:
+        """The arguments of subprocess for a script of services/; more: variables of the environment."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
+        command = [sys.executable, str(self.services / words[0]), *words[1:]]
+        return {"args": command, "env": {**clean, **self.ports, **more}, "cwd": self.folder, "text": True}
+
+    def run(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end."""
+        return subprocess.run(**self.command(*words, **more), capture_output=True, timeout=600)
+
+    def setting(self, name: str) -> str:
+        """A value of .env."""
+        lines = (self.services / ".env").read_text().splitlines()
+        return next(line.partition("=")[2] for line in lines if line.startswith(f"{name}="))
+
+    @property
+    def password(self) -> str:
+        """The administrator's: that of .env, unless another one is known."""
+        return self.known_password or self.setting("ADMIN_PASSWORD")
+
+    def client(self) -> Any:
+        """MLflow's client, signed in as the administrator by this process's environment."""
+        from mlflow import MlflowClient
+
+        os.environ.update(MLFLOW_TRACKING_USERNAME="admin", MLFLOW_TRACKING_PASSWORD=self.password)
+        return MlflowClient(self.uri)
+
+    def ask(self, method: str, path: str, **more: Any) -> Any:
+        """A request to the server's interface, as the administrator unless `auth` says who."""
+        import requests
+
+        return requests.request(method, f"{self.uri}/api/{path}", **{"auth": ("admin", self.password), **more})
+
+    def processes(self) -> dict[int, str]:
+        """Every process that was started here, by its id, with its command line and those of its children."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if str(self.folder) in command + environment and int(entry.name) != os.getpid():
+                found[int(entry.name)] = command
+        return found
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """A place of a test file's own, in which nothing was started yet; all is ended and removed afterwards."""
+    with ExitStack() as at_end, pytest.MonkeyPatch.context() as environment:
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            environment.setenv(name, "")  # put back as it was at the end
+        folder = Path(tempfile.mkdtemp(prefix="services-", dir="/tmp"))
+        at_end.callback(shutil.rmtree, folder, ignore_errors=True)
+        place = Place(folder)
+        program("postgres")
+        at_end.callback(place.run, "local.py", "stop")
+        yield place
