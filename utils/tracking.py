@@ -47,8 +47,9 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
         return
     patience_s = _patience_s()
     # Our own retries keep the run alive; long ones inside the client would only hide an outage from us.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # Twenty runs at once kept a starved server busy for half a minute a request; what is sent again keeps it busier.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     import mlflow
 
     try:
