@@ -99,28 +99,28 @@ class Tree:
     @contextmanager
     def _one_line_errors(self, what: str, thing: str = "it") -> Iterator[None]:
         """What DVC and its S3 client raise in the block as one line: who has to do what."""
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
+        from botocore import exceptions as boto
         from dvc.exceptions import DvcException
         from dvc_data.index import DataIndexDirError
         from dvc_objects.errors import ObjectFormatError
 
         try:
             yield
-        except (DvcException, DataIndexDirError, BotoCoreError, ClientError, OSError) as error:
-            reason, remote, what = _root(error), self._remote(), f"{what} of {self.version}"
-            if isinstance(reason, FileNotFoundError):
-                message = f"{what}: {thing} is missing in {remote}; dvc push it from a copy that has it"
-            elif isinstance(reason, ObjectFormatError):
-                message = f"{what}: it has changed in {remote} ({reason}); dvc push it from a copy that has it"
-            elif isinstance(reason, (PermissionError, NoCredentialsError)):
+        except (DvcException, DataIndexDirError, boto.BotoCoreError, boto.ClientError, OSError) as error:
+            where, causes = f"{what} of {self.version}: {self._remote()}", _causes(error)
+            if _first(causes, FileNotFoundError):
+                message = f"{where} lacks {thing}; dvc push it from a copy that has it"
+            elif reason := _first(causes, ObjectFormatError):
+                message = f"{where} has it changed ({reason}); delete it there and dvc push it again"
+            elif reason := _first(causes, PermissionError, boto.NoCredentialsError):
                 message = (
-                    f"{what}: {remote} may not be read with these credentials ({reason}); look at AWS_ACCESS_KEY_ID,"
+                    f"{where} does not let these credentials read ({reason}); look at AWS_ACCESS_KEY_ID,"
                     " AWS_SECRET_ACCESS_KEY, the profile and the rights"
                 )
-            elif isinstance(reason, (HTTPClientError, ConnectionError, TimeoutError)):
-                raise Unreachable(f"{what}: {remote} cannot be reached: {reason}") from None
+            elif reason := _first(causes, boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError):
+                raise Unreachable(f"{where} cannot be reached: {reason}") from None
             else:
-                message = f"{what}: cannot read {remote}: {reason}"
+                message = f"{where} cannot be read: {causes[-1]}"
             raise DataError(message) from None
 
 
@@ -130,6 +130,7 @@ def opened(where: str, version: str, *, own: bool) -> Iterator[Tree]:
 
     A clone is removed afterwards. Raises DataError, or Unreachable for an address that does not answer.
     """
+    from dulwich.errors import NotGitRepository
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -155,9 +156,11 @@ def opened(where: str, version: str, *, own: bool) -> Iterator[Tree]:
                 _set_up_s3(fs.repo.config)
                 yield Tree(version, commit, fs)
         except (DvcException, SCMError) as error:
-            reason = _root(error)
-            if Path(where).exists() or type(reason).__name__ == "NotGitRepository":
-                raise DataError(f"{_no_repository(where, own)} ({reason})") from None
+            reason = _causes(error)[-1]
+            if isinstance(reason, NotGitRepository):
+                raise DataError(_no_repository(where, own)) from None
+            if Path(where).exists():
+                raise DataError(f"the repository {where} cannot be read: {reason}") from None
             raise Unreachable(
                 f"cannot clone data_repo={where!r}: {reason} (look at the address, the network and git's credentials)"
             ) from None
@@ -190,11 +193,13 @@ def hash_of(path: Path, algorithm: str) -> str:
     return str(file_md5(str(path), localfs, name=algorithm))
 
 
-def _root(error: BaseException) -> BaseException:
-    """The first cause of an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, what caused it, what caused that."""
+    return [error, *(_causes(error.__cause__) if error.__cause__ else [])]
+
+
+def _first(errors: list[BaseException], *kinds: type[BaseException]) -> BaseException | None:
+    return next((error for error in errors if isinstance(error, kinds)), None)
 
 
 def _no_repository(where: str, own: bool) -> str:

@@ -72,9 +72,9 @@ class VersionedSource:
             key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
             wanted = {name: Wanted(file.identity, partial(self._bring, tree, file)) for name, file in found.items()}
             files = synchronise(self.data_dir / "dvc" / key, wanted)
-        single = files / PurePosixPath(self.path).name
-        is_npz = list(found) == [single.name] and single.suffix == ".npz"
-        self._local = NpzSource(single, self.source) if is_npz else FolderSource(files, self.source)
+        npz = files / PurePosixPath(self.path).name
+        is_npz = npz.suffix == ".npz" and npz.is_file()
+        self._local = NpzSource(npz, self.source) if is_npz else FolderSource(files, self.source)
 
     def stamp(self) -> str | None:
         return self._local.stamp() if self._local else None
