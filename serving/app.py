@@ -26,6 +26,9 @@ from serving.metrics import Metrics, forget_dead_workers
 from serving.model import ModelSource, ServedModel, follow, probabilities
 from serving.page import CONTENT_SECURITY_POLICY, PAGE
 
+DECODING_THREADS = 2
+"""Image files decoded at a time in each worker: one may take as much memory as 90 million pixels."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -49,7 +52,7 @@ class Service:
         self.metrics = Metrics()
         self._decode, self._options = decode, options
         self._batcher: Batcher
-        self._decoders = ThreadPoolExecutor(2, "decode")
+        self._decoders: ThreadPoolExecutor
 
     @contextlib.asynccontextmanager
     async def running(self, source: ModelSource | None) -> AsyncIterator[None]:
@@ -62,6 +65,7 @@ class Service:
             threads=o.threads,
             observe=self.metrics.batch,
         )
+        self._decoders = ThreadPoolExecutor(DECODING_THREADS, "decode")
         forget_dead_workers()
         # What is loaded stays: without this, every nested list of a request has the garbage collector look through all
         # modules, which cost more than the rest of the request.

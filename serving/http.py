@@ -57,11 +57,13 @@ class Endpoint:
         self._name, self._handler, self._limits, self._metrics = name, handler, limits, metrics
         self._token = b"" if public else f"Bearer {limits.token}".encode() * bool(limits.token)
         self._error_body = error_body
+        self._in_progress = metrics.in_progress.labels(name)
         self._seconds = metrics.seconds.labels(name)
         self._answered = metrics.requests.labels(name, "200")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, response = time.perf_counter(), None
+        self._in_progress.inc()
         try:
             response = await self._respond(scope, receive)
         except ConnectionError:
@@ -72,6 +74,8 @@ class Endpoint:
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
             response = self._refusal(RequestError("internal error; the service's log has it", 500))
+        finally:
+            self._in_progress.dec()
         self._seconds.observe(time.perf_counter() - started)
         if response.status_code == 200:
             self._answered.inc()

@@ -31,6 +31,13 @@ class Metrics:
             registry=r,
             buckets=SECONDS,
         )
+        self.in_progress = Gauge(
+            "serving_requests_in_progress",
+            "Requests whose answer is not ready",
+            ["endpoint"],
+            registry=r,
+            multiprocess_mode="livesum",
+        )
         self.bad_inputs = Counter("serving_bad_inputs", "Requests and image files refused", ["endpoint"], registry=r)
         self.waiting = Gauge(
             "serving_queue_images", "Images that wait or are being predicted", registry=r, multiprocess_mode="livesum"

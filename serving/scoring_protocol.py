@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,21 @@ import orjson
 from serving import RequestError
 from serving.inference_protocol import INPUT, OUTPUT
 from serving.model import ServedModel
-from serving.tensors import images_of_lists, json_object
+from serving.tensors import images_of_lists, images_of_text, json_object
 
 CONTENT_TYPE = "application/json"
+
+_PLAIN = re.compile(rb'\s*{\s*"(?:inputs|instances)"\s*:(.*)}\s*', re.DOTALL)
+"""Nothing but one of the keys: what nearly everyone sends."""
 
 
 def parse(body: bytes, content_type: str, model: ServedModel) -> np.ndarray:
     """uint8 images_NHWC of a request with `inputs` (all images of the tensor) or `instances` (image by image)."""
     if content_type.partition(";")[0].strip().lower() != CONTENT_TYPE:
         raise RequestError(f"expected Content-Type {CONTENT_TYPE}: the model takes a tensor, no table", 415)
+    plain = _PLAIN.fullmatch(body)
+    if plain and (images_NHWC := images_of_text(plain[1], model.image_shape)) is not None:
+        return images_NHWC
     message = json_object(body)
     given = message.keys() - {"params"}
     if given not in ({"inputs"}, {"instances"}):

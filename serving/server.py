@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +40,8 @@ def serve(application: Callable[[], Any], *, host: str, port: int, workers: int,
     )
     sockets = [config.bind_socket()]
     if workers == 1:
+        # uvicorn raises the signal once more when all is answered; to be stopped is this process' regular end.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
         uvicorn.Server(config).run(sockets)
         return
     with TemporaryDirectory() as folder:

@@ -12,6 +12,8 @@ from serving import RequestError
 
 Shape = tuple[int, int, int]
 
+_BRACKETS_TO_SPACES = bytes.maketrans(b"[]", b"  ")
+
 
 def json_object(text: bytes | memoryview) -> dict[str, Any]:
     """The JSON object that a body holds."""
@@ -42,6 +44,20 @@ def images_of_lists(data: Any, image_shape: Shape, where: str) -> np.ndarray:
         return np.frombuffer(bytes(data), np.uint8).reshape(count, *image_shape)
     except (TypeError, ValueError):
         raise wrong from None
+
+
+def images_of_text(text: bytes, image_shape: Shape) -> np.ndarray | None:
+    """The same from JSON text, in half the time and without a thousand small lists; None where that does not go.
+
+    The numbers are read as one flat list. That they stood in the right brackets is seen by writing them again.
+    """
+    try:
+        flat = orjson.loads(b"[" + text.translate(_BRACKETS_TO_SPACES) + b"]")
+        images_NHWC = np.frombuffer(bytes(flat), np.uint8).reshape(-1, *image_shape)
+    except (TypeError, ValueError):
+        return None
+    again = orjson.dumps(images_NHWC, option=orjson.OPT_SERIALIZE_NUMPY)
+    return images_NHWC if len(images_NHWC) and again == text.translate(None, b" \t\r\n") else None
 
 
 def images_of_flat_list(data: list[Any], count: int, image_shape: Shape, where: str) -> np.ndarray:

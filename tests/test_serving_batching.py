@@ -1,0 +1,184 @@
+"""Batches, the queue and its end, with a network that waits until the test lets it go."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving import RequestError
+from serving.batching import Batcher
+from serving.model import ServedModel
+
+SHAPE = (1, 1, 1)
+
+
+class Gate:
+    """A network whose logits are the pixels, and which predicts only while it is open."""
+
+    def __init__(self, opened: bool = False) -> None:
+        self.batches: list[int] = []
+        self.entered, self.open = threading.Semaphore(0), threading.Event()
+        if opened:
+            self.open.set()
+        self.model = ServedModel("gate", "1", ("a",), SHAPE, self.logits)
+
+    def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images_NHWC))
+        self.entered.release()
+        assert self.open.wait(30)
+        if (images_NHWC == 255).any():
+            raise RuntimeError("no logits for these")
+        return images_NHWC.reshape(-1, 1).astype(np.float32)
+
+
+def image(*pixels: int) -> np.ndarray:
+    return np.array(pixels, np.uint8).reshape(-1, *SHAPE)
+
+
+def run(
+    use: Callable[[Batcher], Awaitable[None]], *, max_batch: int = 8, max_queue: int = 100, threads: int = 1
+) -> None:
+    async def main() -> None:
+        batcher = Batcher(max_batch=max_batch, max_delay_us=100, max_queue=max_queue, threads=threads)
+        try:
+            await asyncio.wait_for(use(batcher), 30)
+        finally:
+            batcher.close()
+
+    asyncio.run(main())
+
+
+async def occupied(batcher: Batcher, gate: Gate) -> asyncio.Task[np.ndarray]:
+    """A call that is being predicted."""
+    task = asyncio.create_task(batcher.predict(gate.model, image(1)))
+    await asyncio.to_thread(gate.entered.acquire)
+    return task
+
+
+def test_what_arrives_during_a_prediction_goes_together_and_no_batch_is_too_large() -> None:
+    gate = Gate()
+
+    async def use(batcher: Batcher) -> None:
+        first = await occupied(batcher, gate)
+        others = [asyncio.create_task(batcher.predict(gate.model, image(n, n))) for n in range(7)]
+        await asyncio.sleep(0)
+        assert batcher.images == 15
+        gate.open.set()
+        answers = await asyncio.gather(first, *others)
+        assert [answer.ravel().tolist() for answer in answers[1:]] == [[n, n] for n in range(7)]
+        assert gate.batches == [1, 8, 6]
+        assert batcher.images == 0
+
+    run(use)
+
+
+def test_a_request_larger_than_a_batch_is_predicted_alone() -> None:
+    gate = Gate()
+
+    async def use(batcher: Batcher) -> None:
+        first = await occupied(batcher, gate)
+        calls = [asyncio.create_task(batcher.predict(gate.model, image(*range(n)))) for n in (3, 30, 3)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        answers = await asyncio.gather(first, *calls)
+        assert [len(answer) for answer in answers] == [1, 3, 30, 3]
+        assert gate.batches == [1, 3, 30, 3]
+
+    run(use)
+
+
+def test_two_models_share_no_batch() -> None:
+    gate, other = Gate(), Gate(opened=True)
+
+    async def use(batcher: Batcher) -> None:
+        first = await occupied(batcher, gate)
+        calls = [asyncio.create_task(batcher.predict(model, image(5))) for model in (gate.model, other.model) * 2]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, *calls)
+        assert (gate.batches, other.batches) == ([1, 1, 1], [1, 1])
+
+    run(use)
+
+
+def test_a_full_queue_refuses_at_once_and_takes_again_later() -> None:
+    gate = Gate()
+
+    async def use(batcher: Batcher) -> None:
+        first = await occupied(batcher, gate)
+        second = asyncio.create_task(batcher.predict(gate.model, image(2, 3)))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="3 images wait, allowed: 3") as refusal:
+            await batcher.predict(gate.model, image(4))
+        assert (refusal.value.status, refusal.value.retry_after_s) == (503, 1)
+        gate.open.set()
+        await asyncio.gather(first, second)
+        assert (await batcher.predict(gate.model, image(4))).tolist() == [[4]]
+
+    run(use, max_queue=3)
+
+
+def test_an_error_reaches_its_callers_and_nobody_else() -> None:
+    gate = Gate(opened=True)
+
+    async def use(batcher: Batcher) -> None:
+        with pytest.raises(RuntimeError, match="no logits"):
+            await batcher.predict(gate.model, image(255))
+        assert (await batcher.predict(gate.model, image(7))).tolist() == [[7]]
+        assert batcher.images == 0
+
+    run(use)
+
+
+def test_nobody_predicts_for_a_caller_that_left() -> None:
+    gate = Gate()
+
+    async def use(batcher: Batcher) -> None:
+        first = await occupied(batcher, gate)
+        left = asyncio.create_task(batcher.predict(gate.model, image(2, 2)))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        await first
+        await batcher.predict(gate.model, image(3))
+        assert gate.batches == [1, 1]
+        assert batcher.images == 0
+
+    run(use)
+
+
+def test_closing_answers_what_waits() -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        batcher = Batcher(max_batch=2, max_delay_us=100, max_queue=100, threads=2)
+        calls = [asyncio.create_task(batcher.predict(gate.model, image(n))) for n in range(9)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.to_thread(batcher.close)
+        assert [answer.item() for answer in await asyncio.gather(*calls)] == list(range(9))
+
+    asyncio.run(main())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 254), min_size=1, max_size=5), max_size=30), st.integers(1, 6), st.integers(1, 3)
+)
+def test_everyone_gets_their_own_answer(requests: list[list[int]], max_batch: int, threads: int) -> None:
+    gate = Gate(opened=True)
+
+    async def use(batcher: Batcher) -> None:
+        answers = await asyncio.gather(*[batcher.predict(gate.model, image(*pixels)) for pixels in requests])
+        assert [answer.ravel().tolist() for answer in answers] == requests
+        assert sum(gate.batches) == sum(map(len, requests))
+        assert all(size <= max(max_batch, 5) for size in gate.batches)
+
+    run(use, max_batch=max_batch, max_queue=1000, threads=threads)
