@@ -42,6 +42,7 @@ class Stack:
         self.folder, self.engine = folder, engine
         self.project = f"test-{uuid.uuid4().hex[:8]}"
         ports = {name: str(free_port()) for name in ("MLFLOW_PORT", "S3_PORT", "TLS_PORT")}
+        self.said = ""
         self.given = {
             "COMPOSE_PROJECT_NAME": self.project,
             "SERVER_IMAGE": "mlflow-tracking-server-test",
@@ -59,10 +60,10 @@ class Stack:
             text=True,
         )
 
-    def up(self, **environment: str) -> str:
+    def up(self, **environment: str) -> None:
         done = self.run("up", **environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        self.said = done.stdout
 
     @property
     def values(self) -> dict[str, str]:
@@ -76,9 +77,9 @@ class Stack:
         found = [self.engine.inspect_container(one["Id"]) for one in self.engine.containers(all=True, filters=label)]
         return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
 
-    def sign_in(self, patch: pytest.MonkeyPatch, said: str) -> MlflowClient:
+    def sign_in(self, patch: pytest.MonkeyPatch) -> MlflowClient:
         """A client with the variables that `up` printed, as a shell has them."""
-        lines = "\n".join(line for line in said.splitlines() if line.startswith("  export "))
+        lines = "\n".join(line for line in self.said.splitlines() if line.startswith("  export "))
         shell = subprocess.run(
             ["bash", "-c", f"{lines}\nenv"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
         )
@@ -114,15 +115,14 @@ def images(engine: Any, base_image: str) -> None:
 def stack(images: None, engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """PostgreSQL, S3 and MLflow, up from nothing; for all tests of this file."""
     stack = Stack(tmp_path_factory.mktemp("compose") / "services", engine)
-    stack.said = stack.up()
+    stack.up()
     yield stack
     stack.run("down", "--volumes")
 
 
 def log_run(client: MlflowClient, experiment: str, folder: Path) -> tuple[str, bytes]:
     """A run with a metric and a file; its id and the file's bytes."""
-    found = client.get_experiment_by_name(experiment)
-    run = client.create_run(found.experiment_id if found else client.create_experiment(experiment), run_name=experiment)
+    run = client.create_run(client.create_experiment(experiment), run_name=experiment)
     content = os.urandom(9 * 2**20)  # sent to S3 in parts
     (folder / "weights.bin").write_bytes(content)
     client.log_metric(run.info.run_id, "loss", 0.25, step=3)
@@ -165,7 +165,7 @@ def test_only_the_server_and_s3_are_reached_from_this_machine_and_from_no_other(
 
 
 def test_a_run_outlives_the_containers(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = stack.sign_in(monkeypatch, stack.said)
+    client = stack.sign_in(monkeypatch)
     run_id, content = log_run(client, "заметки 笔记 🚀", tmp_path)
     check_run(client, run_id, content)
     secrets = (stack.folder / ".env").read_bytes()
@@ -247,7 +247,8 @@ def test_no_secret_shows(stack: Stack) -> None:
 
 def test_tls(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a certificate that the proxy signs, then with one that is given, then without."""
-    client = stack.sign_in(monkeypatch, stack.up(TLS="internal"))
+    stack.up(TLS="internal")
+    client = stack.sign_in(monkeypatch)
     assert os.environ["MLFLOW_TRACKING_URI"] == f"https://localhost:{stack.given['TLS_PORT']}"
     check_run(client, *log_run(client, "by TLS", tmp_path))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -278,7 +279,8 @@ def test_mariadb_with_clients_that_reach_s3(
 ) -> None:
     stack = Stack(tmp_path / "services", engine, DATABASE="mariadb", ARTIFACTS="direct")
     try:
-        client = stack.sign_in(monkeypatch, stack.up())
+        stack.up()
+        client = stack.sign_in(monkeypatch)
         assert stack.containers().keys() == {"mariadb", "s3", "server"}
         monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{stack.given['S3_PORT']}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", stack.values["S3_ACCESS_KEY"])
