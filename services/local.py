@@ -34,6 +34,7 @@ from settings import Refused
 DATA = settings.FOLDER / "data"
 LOGS = DATA / "logs"
 POSTGRESQL, CEPH, ARTIFACTS = DATA / "postgresql", DATA / "ceph", DATA / "artifacts"
+PROGRAMS = Path("/usr/lib/postgresql")  # of every release, as Debian has them
 START_TIMEOUT_S = 120
 DATABASE = Process("postgresql", LOGS, signal.SIGINT)  # does not wait for clients to leave
 S3 = [Process(name, LOGS) for name in ceph.DAEMONS]
@@ -288,7 +289,7 @@ def postgresql_program(name: str) -> str:
     """The path of one of PostgreSQL's programs: the data folder's version, else the newest that is installed."""
     version = POSTGRESQL / "PG_VERSION"
     wanted = version.read_text().strip() if os.access(version, os.R_OK) else "*"
-    places = sorted(Path("/usr/lib/postgresql").glob(f"{wanted}/bin"), key=lambda path: float(path.parent.name))
+    places = sorted(PROGRAMS.glob(f"{wanted}/bin"), key=lambda path: float(path.parent.name))
     found = shutil.which(name, path=os.pathsep.join([*map(str, reversed(places)), os.environ["PATH"]]))
     if not found:
         number = "" if wanted == "*" else f" {wanted}, which the data in {POSTGRESQL} needs"

@@ -37,6 +37,9 @@ TEXT_OF = {
     "mysql": "SELECT @@character_set_database, @@collation_database",
 }
 AUTH_DATABASE = "mlflow_auth"
+# Checking a password costs more than all else of a request, by design. With one worker process changes count at once,
+# with several within this time.
+PASSWORD_CACHE_S = 60
 
 
 class Away(Exception):
@@ -255,7 +258,8 @@ def sign_in(uri: URL) -> Iterator[dict[str, str]]:
     try:
         file.touch(0o600)
         address = uri.set(database=AUTH_DATABASE).render_as_string(hide_password=False).replace("%", "%%")
-        file.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {address}\n", encoding="utf-8")
+        told = {"default_permission": "READ", "database_uri": address, "auth_cache_ttl_seconds": PASSWORD_CACHE_S}
+        file.write_text("[mlflow]\n" + "".join(f"{name} = {value}\n" for name, value in told.items()), encoding="utf-8")
         yield {
             "MLFLOW_AUTH_CONFIG_PATH": str(file),
             "MLFLOW_AUTH_ADMIN_USERNAME": os.environ["ADMIN_USERNAME"],
