@@ -17,6 +17,7 @@ from utils.runtime import without_passwords
 from utils.settings import as_params, as_text
 
 LONGEST_NAME = 120
+LONGEST_LINE = 100
 CONTAINERS = ("docker", "kubernetes")
 SIDE_EFFECTS = ("register_as", "promote")
 """Settings that change the model registry: a run that is made again leaves it alone."""
@@ -109,7 +110,7 @@ class Origin:
         flags = sys.argv[1:]
         if Path(sys.argv[0]).name != script:  # called by other code
             flags = [f"--{name}={value}" for name, value in as_params(self.settings).items()]
-        return without_passwords(shlex.join([*self._launcher(), script, *flags]))
+        return _shell([*self._launcher(), script, *flags])
 
     def reproduction(self) -> str:
         """Shell lines that make the same run again in a clone of the repository."""
@@ -124,7 +125,7 @@ class Origin:
             words = ["mlflow", "run", *self._where(), "."]
             words += ["-e", self.entry_point] if self.entry_point != "main" else []
             words += [word for name, value in changed.items() for word in ("-P", f"{name}={value}")]
-        return "\n".join([*lines, without_passwords(shlex.join(words))])
+        return "\n".join([*lines, _shell(words)])
 
     def markdown(self, result: str) -> str:
         """The run's description."""
@@ -179,6 +180,16 @@ def _equal(logged: str, value: str) -> bool:
         return float(logged) == float(value)
     except ValueError:
         return logged in (value, shlex.quote(value))
+
+
+def _shell(words: Sequence[str]) -> str:
+    """A command without passwords, on lines short enough not to widen MLflow's page."""
+    lines = [""]
+    for word in (shlex.quote(without_passwords(word)) for word in words):
+        if len(lines[-1]) + len(word) > LONGEST_LINE:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
 
 
 def _fenced(code: str) -> str:
