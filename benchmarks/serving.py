@@ -32,6 +32,7 @@ from tempfile import TemporaryDirectory
 import mlflow
 import numpy as np
 import onnxruntime
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -88,9 +89,12 @@ class Side:
     path: str
     body: bytes
     headers: dict[str, str]
+    server: psutil.Process
     rates: list[float] = field(default_factory=list)
     """Requests a second, turn by turn."""
     p99s_ms: list[float] = field(default_factory=list)
+    costs_us: list[float] = field(default_factory=list)
+    """Processor time of the server and its children for a request: hardly changed by what else the machine does."""
 
     @property
     def rate(self) -> float:
@@ -113,21 +117,28 @@ def main() -> None:
         model, uri = make_model(folder)
         image_NHWC = np.random.default_rng(0).integers(0, 256, (1, *SHAPE), np.uint8)
         ports = [free_port() for _ in range(3)]
-        servers.enter_context(mlflow_server(uri, ports[0]))
-        servers.enter_context(mlserver(model, ports[1], folder))
-        servers.enter_context(our_server(model, ports[2]))
-        sides = requests(image_NHWC, *ports)
+        processes = [
+            servers.enter_context(mlflow_server(uri, ports[0])),
+            servers.enter_context(mlserver(model, ports[1], folder)),
+            servers.enter_context(our_server(model, ports[2])),
+        ]
+        sides = requests(image_NHWC, *zip(ports, processes, strict=True))
         for side in sides.values():
             wait_for(side)
             ask(side, folder, seconds=1)
         for _ in range(TURNS):
             for side in sides.values():
-                rate, p99_ms = ask(side, folder, SECONDS)
+                before_s = cpu_s(side.server)
+                count, rate, p99_ms = ask(side, folder, SECONDS)
                 side.rates.append(rate)
                 side.p99s_ms.append(p99_ms)
+                side.costs_us.append((cpu_s(side.server) - before_s) / count * 1e6)
         alone = {batch: in_process(model, batch) for batch in (1, 64)}
     for side in sides.values():
-        print(f"{side.name}: {side.rate:,.0f} requests/s, p99 {side.p99_ms:.1f} ms")
+        cost_us = statistics.median(side.costs_us)
+        print(
+            f"{side.name}: {side.rate:,.0f} requests/s, p99 {side.p99_ms:.1f} ms, {cost_us:,.0f} us of processor each"
+        )
     for batch, rate in alone.items():
         print(f"ONNX Runtime in process, batch {batch}: {rate:,.0f} images/s")
     print(f"load average of the last minute on {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
@@ -135,8 +146,9 @@ def main() -> None:
     show("against MLServer, inference protocol, JSON (goal 4)", sides["ours, v2"], sides["MLServer"])
 
 
-def requests(image_NHWC: np.ndarray, mlflow_port: int, mlserver_port: int, our_port: int) -> dict[str, Side]:
-    """The same image in every protocol."""
+def requests(image_NHWC: np.ndarray, *servers: tuple[int, psutil.Process]) -> dict[str, Side]:
+    """The same image in every protocol, for the ports and processes of MLflow, MLServer and ours."""
+    (mlflow_port, mlflow_process), (mlserver_port, mlserver_process), (our_port, ours) = servers
     tensor = {"name": "images", "shape": list(image_NHWC.shape), "datatype": "UINT8"}
     scoring = json.dumps({"inputs": image_NHWC.tolist()}).encode()
     inference = json.dumps({"inputs": [{**tensor, "data": image_NHWC.ravel().tolist()}]}).encode()
@@ -150,11 +162,11 @@ def requests(image_NHWC: np.ndarray, mlflow_port: int, mlserver_port: int, our_p
     as_bytes = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(binary))}
     infer = "/v2/models/classifier/infer"
     return {
-        "mlflow": Side("mlflow models serve", mlflow_port, "/invocations", scoring, as_json),
-        "MLServer": Side(f"MLServer {MLSERVER}", mlserver_port, infer, inference, as_json),
-        "ours, MLflow": Side("ours, MLflow's protocol", our_port, "/invocations", scoring, as_json),
-        "ours, v2": Side("ours, inference protocol, JSON", our_port, infer, inference, as_json),
-        "ours, binary": Side("ours, inference protocol, binary", our_port, infer, binary + raw, as_bytes),
+        "mlflow": Side("mlflow models serve", mlflow_port, "/invocations", scoring, as_json, mlflow_process),
+        "MLServer": Side(f"MLServer {MLSERVER}", mlserver_port, infer, inference, as_json, mlserver_process),
+        "ours, MLflow": Side("ours, MLflow's protocol", our_port, "/invocations", scoring, as_json, ours),
+        "ours, v2": Side("ours, inference protocol, JSON", our_port, infer, inference, as_json, ours),
+        "ours, binary": Side("ours, inference protocol, binary", our_port, infer, binary + raw, as_bytes, ours),
     }
 
 
@@ -169,18 +181,18 @@ def make_model(folder: Path) -> tuple[Path, str]:
         return path, log_onnx_model(run.info.run_id, path, np.zeros((1, *SHAPE), np.uint8))
 
 
-def our_server(model: Path, port: int) -> AbstractContextManager[None]:
+def our_server(model: Path, port: int) -> AbstractContextManager[psutil.Process]:
     """`serve` with its defaults."""
     return started([sys.executable, str(ROOT / "serve.py"), f"--model_uri={model}", f"--port={port}"])
 
 
-def mlflow_server(uri: str, port: int) -> AbstractContextManager[None]:
+def mlflow_server(uri: str, port: int) -> AbstractContextManager[psutil.Process]:
     """`mlflow models serve` in this environment."""
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", uri, "--port", str(port)]
     return started([*command, "--env-manager", "local"])
 
 
-def mlserver(model: Path, port: int, folder: Path) -> AbstractContextManager[None]:
+def mlserver(model: Path, port: int, folder: Path) -> AbstractContextManager[psutil.Process]:
     """MLServer in an environment of its own, with a runtime of a few lines over ONNX Runtime."""
     environment, project = folder / "mlserver", folder / "mlserver-project"
     uv = str(shutil.which("uv", path=search_path()))
@@ -197,14 +209,14 @@ def mlserver(model: Path, port: int, folder: Path) -> AbstractContextManager[Non
 
 
 @contextmanager
-def started(command: list[str], cwd: Path | None = None) -> Iterator[None]:
+def started(command: list[str], cwd: Path | None = None) -> Iterator[psutil.Process]:
     """A server with what it starts, quiet, ended with the block."""
     environment = {**os.environ, "PATH": search_path(), "MLFLOW_DISABLE_TELEMETRY": "true"}
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        yield
+        yield psutil.Process(process.pid)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -224,8 +236,14 @@ def wait_for(side: Side) -> None:
             time.sleep(0.3)
 
 
-def ask(side: Side, folder: Path, seconds: int) -> tuple[float, float]:
-    """Requests a second and the 99th percentile in ms of `seconds` under load; any error ends the benchmark."""
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process and its children."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def ask(side: Side, folder: Path, seconds: int) -> tuple[int, float, float]:
+    """Requests, requests a second and the 99th percentile in ms of `seconds` of load; any error ends the benchmark."""
     body, script = folder / "body", folder / "wrk.lua"
     body.write_bytes(side.body)
     headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in side.headers.items())
@@ -235,7 +253,7 @@ def ask(side: Side, folder: Path, seconds: int) -> tuple[float, float]:
     count, duration_us, p99_us, errors = map(int, output.split("RESULT ")[1].split())
     if errors:
         sys.exit(f"error: {errors} of {count} requests to {side.name} failed")
-    return count / duration_us * 1e6, p99_us / 1e3
+    return count, count / duration_us * 1e6, p99_us / 1e3
 
 
 def in_process(model: Path, batch: int) -> float:

