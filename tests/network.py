@@ -5,8 +5,19 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from dataclasses import dataclass
 
 CHUNK_BYTES = 64 * 1024
+
+
+@dataclass
+class Connection:
+    """A client's connection and the one that it is passed on to."""
+
+    client: socket.socket
+    server: socket.socket
+    sent: int = 0
+    """Bytes of the client's present request that came."""
 
 
 class Network:
@@ -27,7 +38,7 @@ class Network:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, sent_bytes: int, *, then_silent: bool = False) -> None:
-        """Cut the next connection over which a client sends more than that: it arrives, the rest does not."""
+        """Cut the next connection in the middle of a request that is longer: so much arrives, the rest does not."""
         self.cut.clear()
         self._silent_after_cut = then_silent
         self._sent_before_cut = sent_bytes
@@ -62,33 +73,34 @@ class Network:
         self._open.append(client)
         with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self._server_port)) as server:
             self._open.append(server)
-            downwards = threading.Thread(target=self._downwards, args=(client, server), daemon=True)
+            pair = Connection(client, server)
+            downwards = threading.Thread(target=self._downwards, args=(pair,), daemon=True)
             downwards.start()
-            self._upwards(client, server)
+            self._upwards(pair)
             server.shutdown(socket.SHUT_RDWR)
             downwards.join()
 
-    def _upwards(self, client: socket.socket, server: socket.socket) -> None:
-        sent = 0
-        while chunk := client.recv(CHUNK_BYTES):
+    def _upwards(self, pair: Connection) -> None:
+        while chunk := pair.client.recv(CHUNK_BYTES):
             self._speaks.wait()
-            sent += len(chunk)
-            if self._sent_before_cut is not None and sent > self._sent_before_cut:
-                server.sendall(chunk[: self._sent_before_cut - sent])
+            pair.sent += len(chunk)
+            if self._sent_before_cut is not None and pair.sent > self._sent_before_cut:
+                pair.server.sendall(chunk[: self._sent_before_cut - pair.sent])
                 self._sent_before_cut = None
                 if self._silent_after_cut:
                     self.fall_silent()
                 self.cut.set()
                 return
-            server.sendall(chunk)
+            pair.server.sendall(chunk)
 
-    def _downwards(self, client: socket.socket, server: socket.socket) -> None:
+    def _downwards(self, pair: Connection) -> None:
         with contextlib.suppress(OSError):
-            while chunk := server.recv(CHUNK_BYTES):
+            while chunk := pair.server.recv(CHUNK_BYTES):
                 self._speaks.wait()
+                pair.sent = 0
                 if self._answers_to_cut:
                     self._answers_to_cut -= 1
                     self.cut.set()
                     break
-                client.sendall(chunk)
-            client.shutdown(socket.SHUT_RDWR)  # ends `_upwards` as well
+                pair.client.sendall(chunk)
+            pair.client.shutdown(socket.SHUT_RDWR)  # ends `_upwards` as well
