@@ -29,7 +29,7 @@ from s3_server import S3Server, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ROOT / "services"
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 PASSWORD, ADMIN_PASSWORD = "a-database-password/of+tests", "an-administrator-of-tests"
 
 
@@ -175,7 +175,7 @@ class MariaDB(Database):
 
     def launch(self, log: Any) -> subprocess.Popen[bytes]:
         options = ["--bind-address=127.0.0.1", f"--port={self.port}", f"--socket={self.folder}/socket"]
-        options += ["--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M"]
+        options += ["--innodb-flush-log-at-trx-commit=2", "--innodb-log-file-size=8M"]
         data = self.folder / "data"
         command = [program("mariadbd"), "--no-defaults", f"--datadir={data}", f"--init-file={data}/init.sql", *options]
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **unprivileged())

@@ -32,8 +32,8 @@ def test_names_of_every_script_and_a_crash(
     stack = new_stack(kind, s3_server)
     client = signed_in(stack.server, monkeypatch)
     for name in NAMES:
-        experiment = client.create_experiment(name, tags={name: name})
-        run = client.create_run(experiment, run_name=name, tags={name: name}).info
+        experiment = client.create_experiment(name, tags={"имя": name})
+        run = client.create_run(experiment, run_name=name, tags={"имя": name}).info
         client.log_param(run.run_id, "name", name)
         client.log_metric(run.run_id, "точность", 0.5)
         client.log_text(run.run_id, name, "a folder/日本 🐶.txt")
@@ -49,7 +49,7 @@ def test_names_of_every_script_and_a_crash(
         (run,) = client.search_runs(
             [client.get_experiment_by_name(name).experiment_id], f"attributes.run_name = '{name}'"
         )
-        assert (run.info.run_name, run.data.params["name"], run.data.tags[name]) == (name, name, name)
+        assert (run.info.run_name, run.data.params["name"], run.data.tags["имя"]) == (name, name, name)
         assert run.data.metrics == {"точность": 0.5}
         downloaded = client.download_artifacts(run.info.run_id, "a folder/日本 🐶.txt")
         assert Path(downloaded).read_text() == name
