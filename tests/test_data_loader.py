@@ -221,7 +221,7 @@ def test_adding_images_moves_no_old_one(
     tmp_path = tmp_path_factory.mktemp("stable")
     folder = tmp_path / "pets"
     for label, name in enumerate(("cat", "dog")):
-        for number in range(25):
+        for number in range(60):
             save(folder / name / f"{number}.png", random_image(first + 1000 * label + number, 2, 2))
     before = load(str(folder), data_dir=tmp_path / "data")
     for seed in extra:
