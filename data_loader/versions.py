@@ -103,10 +103,13 @@ class VersionedSource:
 
     def _bring(self, tree: Tree, file: TrackedFile, to: Path) -> None:
         """One file to the path `to`: from a version that had it, else from the repository."""
+        if file.algorithm == "git":  # the clone has it
+            tree.get(file, to)
+            return
         kept = self.data_dir / "dvc" / "files" / file.algorithm / file.hash[:2] / file.hash[2:]
         if kept.is_file():
             os.link(kept, to)
-            if file.algorithm == "git" or hash_of(to, file.algorithm) == file.hash:
+            if hash_of(to, file.algorithm) == file.hash:
                 return
             to.unlink()
             kept.unlink(missing_ok=True)
