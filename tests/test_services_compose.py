@@ -346,9 +346,9 @@ def test_a_port_that_is_taken(stack: Stack) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        done = stack.run("up", S3_PORT=str(port))
+        done = stack.run("up", TLS="internal", TLS_PORT=str(port))
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: port {port} of 127\.0\.0\.1 is taken; .* set S3_PORT in .*\.env\n", done.stderr)
+    assert re.fullmatch(rf"error: port {port} of 127\.0\.0\.1 is taken; .* set TLS_PORT in .*\.env\n", done.stderr)
     stack.up()
 
 
