@@ -65,6 +65,7 @@ def main(settings: Settings) -> None:
             if candidate:
                 run.flush()
                 registry.promote(candidate, run.id, result)
+                run.tags({"promoted": candidate.uri})
                 print(f"champion of {candidate.name} is version {candidate.version}")
 
 

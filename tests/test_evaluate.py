@@ -146,6 +146,7 @@ def test_promotion_moves_champion_to_what_is_not_worse(three: str) -> None:
     promote("1")
     assert aliases(three)["champion"] == "1"
     run = last_run("evaluate")
+    assert run.data.tags["promoted"] == "models:/three/1"
     tags = client.get_model_version(three, "1").tags
     assert tags["promoted_by_run"] == run.info.run_id
     assert (tags["promoted_over"], tags["promoted_by"]) == ("2", run.data.tags["mlflow.user"])
@@ -163,6 +164,7 @@ def test_promotion_moves_champion_to_what_is_not_worse(three: str) -> None:
     with pytest.raises(RunFailed, match=said):
         promote("2")
     assert last_run("evaluate").info.status == "FAILED"
+    assert "promoted" not in last_run("evaluate").data.tags
     with pytest.raises(RunFailed, match=r"is below min_accuracy=1\.0 and below the .* of runs:"):
         promote("2", min_accuracy=1.0, baseline_uri=f"runs:/{client.get_model_version(three, '1').run_id}/model")
     assert aliases(three) == {"challenger": "3", "champion": "1"}
