@@ -121,6 +121,7 @@ def start_database(values: Mapping[str, str], undo: ExitStack) -> None:
     tell("PostgreSQL")
     if not POSTGRESQL.exists():
         make_database()
+    forget_crash()
     role = f"ALTER ROLE mlflow PASSWORD '{values['DATABASE_PASSWORD']}';\n"
     _as_database("postgres", "--single", "-D", str(POSTGRESQL), "postgres", text=role)
     where = {"listen_addresses": "127.0.0.1", "port": values["DATABASE_PORT"], "unix_socket_directories": ""}
@@ -134,6 +135,23 @@ def start_database(values: Mapping[str, str], undo: ExitStack) -> None:
         return subprocess.run(asked, env=_plain_environment()).returncode == 0
 
     wait_for(ready, DATABASE)
+
+
+def forget_crash() -> None:
+    """Wait for what a killed server left running, and remove its lock, whose process id may be another's by now."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while any(_works_in(POSTGRESQL, entry) for entry in Path("/proc").glob("[0-9]*")):
+        if time.monotonic() > deadline:
+            raise Refused(f"a PostgreSQL that was not started here is at work on {POSTGRESQL}; end it", 1)
+        time.sleep(0.1)
+    (POSTGRESQL / "postmaster.pid").unlink(missing_ok=True)
+
+
+def _works_in(folder: Path, process: Path) -> bool:
+    try:
+        return (process / "cwd").readlink() == folder
+    except OSError:  # it has ended, or is someone else's
+        return False
 
 
 def make_database() -> None:
@@ -317,7 +335,7 @@ def _as_database(program: str, *words: str, text: str = "") -> None:
     done = subprocess.run(
         command, input=text, text=True, capture_output=True, env=_plain_environment(), cwd="/", **as_user(user)
     )
-    if user and "Permission denied" in done.stderr:
+    if user and "Permission denied" in done.stderr and str(DATA) in done.stderr:
         name = pwd.getpwuid(user[0]).pw_name
         raise Refused(f"{name}, as whom PostgreSQL runs for root, cannot reach {DATA}; move the project elsewhere")
     # A server's own refusals come with exit code 0; the statement, with its password, is not shown.
