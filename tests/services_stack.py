@@ -324,8 +324,12 @@ class Place:
         left_out = shutil.ignore_patterns(".env", "data", "backups", "__pycache__", "kubernetes")
         shutil.copytree(SERVICES, self.services, ignore=left_out)
         self.ports = {name: str(free_port()) for name in ("MLFLOW_PORT", "DATABASE_PORT", "S3_PORT")}
-        self.uri = f"http://127.0.0.1:{self.ports['MLFLOW_PORT']}"
         self.known_password = ""
+
+    @property
+    def uri(self) -> str:
+        """The server's address."""
+        return f"http://127.0.0.1:{self.ports['MLFLOW_PORT']}"
 
     def command(self, *words: str, **more: str) -> dict[str, Any]:
         """The arguments of subprocess for a script of services/; more: variables of the environment."""

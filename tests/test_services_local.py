@@ -15,6 +15,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from s3_server import free_port
 from services_stack import Place
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,7 @@ def test_ctrl_c_in_the_first_start_leaves_nothing_half_made(place: Place) -> Non
 
 def test_a_folder_serves_where_there_is_no_ceph(place: Place) -> None:
     shutil.rmtree(place.services / "data", ignore_errors=True)
+    place.ports["MLFLOW_PORT"] = str(free_port())  # a client remembers of an address whether S3 is behind it
     done = place.run("local.py", "start", PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
     assert "because there is no S3 server (apt-get install ceph-mon ceph-osd radosgw)" in done.stdout
