@@ -12,7 +12,7 @@ from typing import Any
 
 from data_loader import DataError, Unreachable, s3
 
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # DVC's S3 client tries five times
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ROUNDS = 5, 10, 2  # in each round botocore tries five times
 NAMED_IN_ERRORS = 10
 
 
@@ -170,6 +170,9 @@ def opened(where: str, version: str, *, own: bool) -> Iterator[Tree]:
 
 def _set_up_s3(config: dict[str, Any]) -> None:
     """Where the repository says nothing: the endpoint of the environment, as for all other data, and short waits."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.retries = ROUNDS  # its own five on top of botocore's would wait five minutes for a silent server
     usual = {"endpointurl": s3.endpoint(), "connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
     for remote in config.get("remote", {}).values():
         if remote.get("url", "").startswith("s3://"):
