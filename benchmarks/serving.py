@@ -3,9 +3,9 @@
     python benchmarks/serving.py
 
 All servers run at once on this machine and are asked in turns, by wrk with 8 connections, one 32x32 image a request;
-medians over the turns. MLServer gets an environment of its own (uv) and calls ONNX Runtime itself, in its own process:
-the fastest of what was tried (one of its worker processes: two thirds as fast; its adaptive batching: slower at every
-size and delay). Beside them: our binary protocol, and ONNX Runtime in this process, which is what nobody can pass.
+medians over the turns. MLServer gets an environment of its own (uv) and calls ONNX Runtime itself, in its own process
+(`parallel_workers: 0`), without its adaptive batching. Beside them: our binary protocol, and ONNX Runtime in this process,
+which is what nobody can pass.
 
 Goals: 10 times `mlflow models serve`; 4 times MLServer, with a lower 99th percentile. The last line is MLServer's.
 """
