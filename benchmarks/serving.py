@@ -4,7 +4,7 @@
 
 All servers run at once on this machine and are asked in turns, by wrk with 8 connections, one 32x32 image a request;
 medians over the turns. MLServer gets an environment of its own (uv) and calls ONNX Runtime itself, in its own process
-(`parallel_workers: 0`), without its adaptive batching. Beside them: our binary protocol, and ONNX Runtime in this process,
+(`parallel_workers: 0`), without adaptive batching. Beside them: our binary protocol, and ONNX Runtime in this process,
 which is what nobody can pass.
 
 Goals: 10 times `mlflow models serve`; 4 times MLServer, with a lower 99th percentile. The last line is MLServer's.
