@@ -21,10 +21,11 @@ import docker.errors
 FOLDER = Path(__file__).resolve().parent / "stand_ins"
 LABEL = "stand-in"
 SHELL = "sh bash cat chmod chown dirname env id ln ls mkdir printf rm sed setpriv sleep uname"
+MARIADB = "mariadbd mariadb mariadb-dump mariadb-install-db my_print_defaults resolveip"
 POSTGRESQL = "postgres initdb pg_ctl pg_isready createdb dropdb psql pg_dump pg_restore"
 PROGRAMS = {
     "postgresql": f"{SHELL} {POSTGRESQL}",
-    "mariadb": f"{SHELL} mariadbd mariadb mariadb-install-db my_print_defaults resolveip basename hostname",
+    "mariadb": f"{SHELL} {MARIADB} basename hostname",
     "s3": f"{SHELL} curl weed",
     "proxy": "sh cat caddy",
 }
