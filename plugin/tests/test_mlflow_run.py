@@ -193,7 +193,7 @@ def test_ctrl_c_ends_run_and_container(
 def test_a_launcher_that_was_killed_loses_nothing(
     job_image: str, local_store: Path, start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
-    sleep = ["--entry-point", "sleep", "-P", "seconds=5"]
+    sleep = ["--entry-point", "sleep", "-P", "seconds=30"]  # longer than the questions take
     process = start(str(PROJECT), "--backend", "docker", *sleep, config={"image": job_image})
     read_until(process, "^ready")
     process.kill()
