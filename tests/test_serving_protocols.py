@@ -136,15 +136,12 @@ def mlflows_own(served_model: Path, tmp_path_factory: pytest.TempPathFactory, em
     """What `mlflow models serve` runs, over the same model."""
     folder = tmp_path_factory.mktemp("mlflow")
     copy_database(empty_database, folder, str(folder / "artifacts"))
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         with mlflow.start_run(experiment_id="0") as run:
             uri = log_onnx_model(run.info.run_id, served_model, some_images(1))
         app = scoring_server.init(mlflow.pyfunc.load_model(uri))
-    finally:
-        mlflow.set_tracking_uri(before)
-        os.environ.pop("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", None)
+    os.environ.pop("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", None)
     client = Client()
     client.port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=client.port, log_level="error"))
