@@ -7,6 +7,8 @@ import socket
 import threading
 from dataclasses import dataclass
 
+from ports import free_port
+
 CHUNK_BYTES = 64 * 1024
 
 
@@ -25,7 +27,7 @@ class Network:
 
     def __init__(self, server_port: int):
         self._server_port = server_port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", free_port()))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = [self._listener]
         self._speaks = threading.Event()

@@ -8,7 +8,6 @@ test doubles do not.
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 START_TIMEOUT_S = 60
@@ -200,10 +200,3 @@ def wait_for(url: str, folder: Path) -> None:
                 logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.out"))
                 raise AssertionError(f"the S3 server did not start ({error})\n{logs}") from error
             time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from s3_server import free_port
+from ports import free_port
 
 # Every case starts processes that import torch.
 pytestmark = pytest.mark.slow

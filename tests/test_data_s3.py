@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from s3_server import S3Server, free_port
+from ports import free_port
+from s3_server import S3Server
 
 from data_loader import DataError
 from data_loader.dataset import load

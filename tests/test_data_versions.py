@@ -16,7 +16,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from s3_server import S3Server, free_port
+from ports import free_port
+from s3_server import S3Server
 from tracking_server import TrackingServer
 
 from data_loader import DataError

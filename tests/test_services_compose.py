@@ -23,7 +23,7 @@ import yaml
 from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from s3_server import free_port
+from ports import free_port
 from service_images import find, make_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from s3_server import free_port
+from ports import free_port
 from services_stack import Place
 
 pytestmark = pytest.mark.slow
@@ -80,10 +80,7 @@ def test_it_starts_stops_crashes_and_keeps_everything(place: Place) -> None:
     check_run(place, run_id)
 
     # A crash of everything, as when the power goes.
-    for pid in place.processes():
-        os.kill(pid, signal.SIGKILL)
-    while place.processes():
-        time.sleep(0.1)
+    place.kill()
     done = place.run("local.py", "start")
     assert done.returncode == 0, done.stderr
     check_run(place, run_id)

@@ -11,7 +11,8 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from s3_server import S3Server, free_port
+from ports import free_port
+from s3_server import S3Server
 from services_stack import ADMIN_PASSWORD, PASSWORD, SERVICES, Database, MlflowServer, Stack, server_settings
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from tracking_server import TrackingServer
 
 import train
@@ -198,10 +198,7 @@ def two_nodes(
     start: Start, folders: list[Path], server: TrackingServer, run_id: str, *flags: str
 ) -> list[tuple[int, str, str]]:
     """Train as two pods of a Kubernetes job do: one run id, a disk each. Gives (exit code, stdout, stderr) of both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     tracking = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_RUN_ID": run_id}
     flags = ("--precision=fp32", "--device=cpu", "--scheduler=none", "--learning_rate=0.001", *flags)
     nodes = [start("train.py", *flags, cwd=cwd, RANK=str(n), **group, **tracking) for n, cwd in enumerate(folders)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pod_security
 from api_rules import Problem, fill_in_job, refuse_bad_job, refuse_unknown_fields
+from local_ports import free_port
 from object_store import FORGOTTEN, Object, PodOutput, Store, new_metadata, selector_of
 
 KINDS = {"jobs": "Job", "pods": "Pod", "events": "Event", "secrets": "Secret", "services": "Service"}
@@ -59,7 +60,7 @@ class ApiServer:
 
     def __post_init__(self) -> None:
         self.store = Store(self.namespace)
-        self.port = 0
+        self.port = free_port()
         self.on_delete: list[Callable[[Object, str], None]] = []  # told of each Job that goes, and how
         self.start()
 
@@ -73,7 +74,6 @@ class ApiServer:
         self._stopped = threading.Event()
         self._server = _Listener(("127.0.0.1", self.port), _Handler)
         self._server.api = self
-        self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 

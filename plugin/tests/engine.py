@@ -16,6 +16,8 @@ import docker.errors
 import pytest
 from docker.utils import kwargs_from_env
 
+from local_ports import free_port
+
 BASE_IMAGE = "python:3.11-slim-bookworm"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlproject-backends-tests"
 
@@ -157,9 +159,7 @@ def serve_registry(folder: Path, more: str = "") -> Iterator[str]:
     program = shutil.which("docker-registry")
     if not program:
         missing("there is no docker-registry (Debian: docker-registry)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     (folder / "config.yml").write_text(
         f"version: 0.1\nhttp: {{addr: {address}}}\nstorage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n{more}"
     )

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,8 @@ from typing import Any
 
 import boto3
 import pytest
+
+from local_ports import free_port
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 CONFIG = """[global]
@@ -79,7 +80,7 @@ def object_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectS
 
 
 def _start(folder: Path, at_end: ExitStack) -> ObjectStorage:
-    names = {"folder": folder, "cluster": uuid.uuid4(), "monitor": _free_port(), "gateway": _free_port()}
+    names = {"folder": folder, "cluster": uuid.uuid4(), "monitor": free_port(), "gateway": free_port()}
     (folder / "ceph.conf").write_text(CONFIG.format(**names))
     environment = {**os.environ, "CEPH_CONF": f"{folder}/ceph.conf"}
 
@@ -113,9 +114,3 @@ def _start(folder: Path, at_end: ExitStack) -> ObjectStorage:
     keys = f"--access-key {storage.access_key} --secret-key {storage.secret_key}"
     do(f"radosgw-admin -n client.rgw user create --uid test --display-name test {keys}")
     return storage
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

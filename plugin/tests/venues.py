@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from mlflow.projects.backend import loader
 
 import in_process
 from cluster import TestCluster, address_for_nodes, host_of_containers, in_cluster
+from local_ports import free_port
 from mlproject_backends import job_run
 from mlproject_backends.job_run import JobRun
 
@@ -125,9 +125,7 @@ class Server:
     def __init__(self, folder: Path, empty_store: Path, host: str, destination: str | None = None):
         self._database, self._folder = use_store(empty_store, folder, "mlflow-artifacts:/0"), folder
         self._destination = destination or str(folder / "artifacts")
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            self._host, self._port = host, probe.getsockname()[1]
+        self._host, self._port = host, free_port(host)
         self.uri = f"http://{host}:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
