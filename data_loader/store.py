@@ -1,0 +1,84 @@
+"""Many small files at one address, a folder or an s3://bucket/prefix: listed and read by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_loader import DataError
+
+
+class Store(Protocol):
+    """Files by names with / in them, relative to the address."""
+
+    def names(self, folder: str) -> Iterator[str]:
+        """All files below a folder, in no order; none where there is no such folder."""
+
+    def read(self, name: str) -> bytes:
+        """A file's content. DataError where it cannot be read."""
+
+
+def open_store(address: str) -> Store:
+    """The files at a folder or s3://bucket/prefix. DataError where there is no such folder."""
+    if address.startswith("s3://"):
+        return S3Store(address.rstrip("/"))
+    if not Path(address).is_dir():
+        raise DataError(f"'{address}' is no folder; give an existing folder or s3://bucket/prefix")
+    return FolderStore(Path(address))
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Files below a folder of this machine."""
+
+    root: Path
+
+    def names(self, folder: str) -> Iterator[str]:
+        for path in (self.root / folder).rglob("*"):
+            if path.is_file():
+                yield path.relative_to(self.root).as_posix()
+
+    def read(self, name: str) -> bytes:
+        path = self.root / name
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise DataError(f"'{name}' lies outside {self.root}")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """Objects below a prefix; credentials and endpoint as for data sets (data_loader.s3)."""
+
+    address: str
+    _client: Any = field(init=False)
+    _bucket: str = field(init=False)
+    _prefix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        from data_loader import s3
+
+        bucket, prefix = s3.split_uri(self.address)
+        object.__setattr__(self, "_client", s3.make_client())
+        object.__setattr__(self, "_bucket", bucket)
+        object.__setattr__(self, "_prefix", f"{prefix}/" if prefix else "")
+
+    def names(self, folder: str) -> Iterator[str]:
+        from data_loader import s3
+
+        pages = self._client.get_paginator("list_objects_v2")
+        with s3.one_line_errors(self.address):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{folder}/"):
+                for found in page.get("Contents", ()):
+                    if not found["Key"].endswith("/"):
+                        yield found["Key"][len(self._prefix) :]
+
+    def read(self, name: str) -> bytes:
+        from data_loader import s3
+
+        with s3.one_line_errors(f"{self.address}/{name}"):
+            return bytes(self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}")["Body"].read())
