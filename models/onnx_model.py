@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import onnxruntime
 
 from models import ModelError, scores
 
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, EMBEDDINGS = "images", "logits", "embeddings"
 
 CACHE_BYTES = 2 * 1024 * 1024
 """Second-level cache of one core of a current server processor."""
@@ -35,7 +37,10 @@ class OnnxClassifier:
 
     def __init__(self, model: Path | bytes, threads: int = 0):
         """Load `model`, a file of models.onnx_export or its bytes; `threads=0` uses every core allowed."""
-        self._session = _open(model)
+        self._model, self._session = model, _open(model)
+        self._detailed: tuple[onnxruntime.InferenceSession, int] | None = None
+        """A session that gives embeddings too, and how long they are; once someone has asked."""
+        self._opening = Lock()
         self._threads = threads or _cores()
         self._pool = ThreadPoolExecutor(self._threads)
         facts = self._session.get_modelmeta().custom_metadata_map
@@ -55,17 +60,41 @@ class OnnxClassifier:
 
     def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, C] -> float32 [N, K]; any N, also 0."""
+        logits_NK = np.empty((len(images_NHWC), len(self.classes)), np.float32)
+        self._run(self._session, images_NHWC, [OUTPUT], [logits_NK])
+        return logits_NK
+
+    def outputs(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [N, H, W, C] -> logits [N, K] and embeddings [N, E], both float32, from one run; any N, also 0.
+
+        The embedding of an image is what the last linear layer sees of it. The first call reads the model file again.
+        """
+        with self._opening:
+            if self._detailed is None:
+                session = _open(_with_embeddings(self._model), [OUTPUT, EMBEDDINGS])
+                nothing_NHWC = np.zeros((1, *self.image_shape), np.uint8)
+                self._detailed = session, session.run([EMBEDDINGS], {INPUT: nothing_NHWC})[0].shape[1]
+        session, length = self._detailed
+        logits_NK = np.empty((len(images_NHWC), len(self.classes)), np.float32)
+        embeddings_NE = np.empty((len(images_NHWC), length), np.float32)
+        self._run(session, images_NHWC, [OUTPUT, EMBEDDINGS], [logits_NK, embeddings_NE])
+        return logits_NK, embeddings_NE
+
+    def _run(
+        self, session: onnxruntime.InferenceSession, images_NHWC: np.ndarray, names: list[str], into: list[np.ndarray]
+    ) -> None:
+        """The outputs `names`, each into an array of its own."""
         if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             received = ", ".join(map(str, images_NHWC.shape))
             raise ModelError(f"the model takes uint8 images [N, {expected}], received {images_NHWC.dtype} [{received}]")
         images = len(images_NHWC)
         step = max(1, min(self._slice, -(-images // self._threads)))
-        logits_NK = np.empty((images, len(self.classes)), np.float32)
 
         def run(start: int) -> None:
             rows = slice(start, start + step)
-            logits_NK[rows] = self._session.run([OUTPUT], {INPUT: images_NHWC[rows]})[0]
+            for whole, part in zip(into, session.run(names, {INPUT: images_NHWC[rows]}), strict=True):
+                whole[rows] = part
 
         starts = range(0, images, step)
         if self._threads == 1 or len(starts) == 1:
@@ -73,7 +102,6 @@ class OnnxClassifier:
                 run(start)
         else:
             list(self._pool.map(run, starts))
-        return logits_NK
 
     def logits_of(self, images_NHWC: np.ndarray, rows_N: np.ndarray, batch_size: int = 1024) -> np.ndarray:
         """logits_NK of some rows of a memory map, read batch by batch; a terminal shows how far it is."""
@@ -92,7 +120,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(model: Path | bytes) -> onnxruntime.InferenceSession:
+def _open(model: Path | bytes, outputs: Sequence[str] = (OUTPUT,)) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # Calls run side by side; see OnnxClassifier.
     options.log_severity_level = 3
@@ -105,12 +133,31 @@ def _open(model: Path | bytes) -> onnxruntime.InferenceSession:
     except Exception as error:  # ONNX Runtime's exceptions share no base class.
         raise ModelError(f"{_name(model)} is not a readable ONNX model: {str(error).splitlines()[0]}") from error
     ends = [end.name for end in (*session.get_inputs(), *session.get_outputs())]
-    if ends != [INPUT, OUTPUT]:
+    if ends != [INPUT, *outputs]:
         raise ModelError(
-            f"{_name(model)} has the inputs and outputs {', '.join(ends)}; expected {INPUT}, {OUTPUT}: "
+            f"{_name(model)} has the inputs and outputs {', '.join(ends)}; expected {', '.join([INPUT, *outputs])}: "
             "give a model exported by this project"
         )
     return session
+
+
+def _with_embeddings(model: Path | bytes) -> bytes:
+    """The model with one output more: what its last linear layer takes, whatever that is called in the graph.
+
+    From the logits back, through the rounding of an int8 network, the first matrix product is that layer.
+    """
+    import onnx  # 0.1 s, which plain predictions do not need
+
+    described = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+    makers = {name: node for node in described.graph.node for name in node.output}
+    node = makers[OUTPUT]
+    while node.op_type not in ("Gemm", "MatMul"):
+        if node.input[0] not in makers:
+            raise ModelError(f"{_name(model)} does not end with a linear layer; give a model exported by this project")
+        node = makers[node.input[0]]
+    described.graph.node.append(onnx.helper.make_node("Identity", [node.input[0]], [EMBEDDINGS]))
+    described.graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDINGS, onnx.TensorProto.FLOAT, None))
+    return bytes(described.SerializeToString())
 
 
 def _name(model: Path | bytes) -> str:

@@ -113,6 +113,57 @@ def test_slices_and_threads_do_not_change_the_answer(exported, images, threads):
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"), [("cnn", (12, 12, 1)), ("cnn", (28, 30, 3)), ("alexnet", (32, 32, 3)), ("resnet18", (16, 16, 1))]
+)
+@pytest.mark.parametrize("form", ["file", "bytes", "int8"])
+def test_embeddings_are_what_torchs_last_layer_takes(name, shape, form, tmp_path):
+    torch_network, path = network(name, shape), tmp_path / "model.onnx"
+    to_onnx(torch_network, shape, CLASSES, path)
+    if form == "int8":
+        to_int8(path, pixels(shape, 300)[-100:], tmp_path / "int8.onnx")
+        path = tmp_path / "int8.onnx"
+    last = [layer for layer in torch_network.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    seen = []
+    last.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].detach().numpy()))
+    images_NHWC = pixels(shape, 33)
+    with torch.no_grad():
+        torch_network(torch.from_numpy(images_NHWC))
+    classifier = OnnxClassifier(path.read_bytes() if form == "bytes" else path, threads=3)
+    logits_NK, embeddings_NE = classifier.outputs(images_NHWC)
+    assert (embeddings_NE.dtype, embeddings_NE.shape) == (np.float32, seen[0].shape)
+    np.testing.assert_array_equal(logits_NK, classifier.logits(images_NHWC))
+    # The last layer, done by hand on them, gives the logits; in int8 its weights and results are rounded.
+    by_hand_NK = embeddings_NE @ last.weight.detach().numpy().T + last.bias.detach().numpy()
+    if form == "int8":
+        assert np.corrcoef(embeddings_NE.ravel(), seen[0].ravel())[0, 1] > 0.98
+        assert np.abs(by_hand_NK - logits_NK).mean() < 0.05 * logits_NK.std()
+    else:
+        np.testing.assert_allclose(embeddings_NE, seen[0], atol=1e-4)
+        np.testing.assert_allclose(by_hand_NK, logits_NK, atol=1e-4)
+    for few in (0, 1):
+        assert [part.shape for part in classifier.outputs(images_NHWC[:few])] == [(few, 4), (few, seen[0].shape[1])]
+
+
+def test_only_who_asks_for_embeddings_pays_for_them(exported, tmp_path):
+    script = (
+        "import sys, numpy; from models.onnx_model import OnnxClassifier; "
+        f"classifier = OnnxClassifier(__import__('pathlib').Path({str(exported)!r})); "
+        "classifier.logits(numpy.zeros((1, 12, 12, 1), 'uint8')); assert 'onnx' not in sys.modules; "
+        "classifier.outputs(numpy.zeros((1, 12, 12, 1), 'uint8')); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+    model = onnx.load(exported)
+    model.graph.node.append(onnx.helper.make_node("Relu", ["images as numbers"], ["logits"]))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["images"], ["images as numbers"], to=1))
+    del model.graph.node[:-2]
+    model.graph.node.reverse()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    headless = OnnxClassifier(model.SerializeToString())
+    with pytest.raises(ModelError, match="does not end with a linear layer"):
+        headless.outputs(pixels((12, 12, 1), 1))
+
+
+@pytest.mark.parametrize(
     ("images_NHWC", "received"),
     [
         (np.zeros((2, 12, 12, 3), np.uint8), "uint8 [2, 12, 12, 3]"),
