@@ -41,4 +41,4 @@ def _of_chunk(images_NHWC: np.ndarray) -> np.ndarray:
 def _steps(one_NHWC: np.ndarray, other_NHWC: np.ndarray) -> np.ndarray:
     """Sum of the absolute differences of each image, without leaving uint8 before the sum."""
     difference_NHWC = np.maximum(one_NHWC, other_NHWC) - np.minimum(one_NHWC, other_NHWC)
-    return difference_NHWC.sum(axis=(1, 2, 3), dtype=np.int64)
+    return np.asarray(difference_NHWC.sum(axis=(1, 2, 3), dtype=np.int64))
