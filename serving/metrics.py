@@ -1,4 +1,38 @@
-"""What Prometheus reads at /metrics; several workers add up through files, in prometheus_client's own way."""
+"""What Prometheus reads at /metrics; several workers add up through files, in prometheus_client's own way.
+
+serving_requests_total{endpoint,status}               requests answered; errors are those with status 4xx and 5xx
+serving_request_seconds{endpoint}                     histogram: from a request's head to its answer
+serving_requests_in_progress{endpoint}                requests whose answer is not ready
+serving_bad_inputs_total{endpoint}                    requests and image files refused
+serving_queue_images                                  images that wait or are being predicted
+serving_batch_images, serving_batch_seconds           histograms: images in a batch, its time in the network
+serving_predictions_total{class}                      images by predicted class
+serving_confidence                                    histogram: probability of the predicted class
+serving_model_workers{name,version}                   workers that serve a version of the model
+serving_model_changes_total                           changes to another version
+serving_model_failed_changes_total                    looks at the alias, or loads, that failed
+serving_feedback_total{label,correct}                 feedback by true label; correct is true or false
+serving_feedback_value_total{sign}                    business value told with it: sign is gain, or loss (as a positive sum)
+serving_log_rows_total{table}                         rows written to the prediction log; table: predictions, feedback
+serving_log_dropped_rows_total{table}                 rows lost, because the log's place was away for too long
+serving_log_waiting_rows                              rows that are in no file yet
+serving_log_unsent_files                              files on this machine's disk that wait for the log's place
+serving_log_failures_total                            attempts to write a file, or to bring it to its place, that failed
+serving_kept_images_total{rule}                       images kept; rule: sampled, uncertain, far
+serving_kept_image_bytes                              bytes of all kept images of this log, as far as this service knows
+serving_image_statistic{statistic}                    summary (_sum, _count): brightness, contrast, sharpness, clipped
+serving_reference_distance                            histogram: distance from the reference in multiples of its threshold
+serving_far_images_total                              images above the threshold
+
+The last nine stay away without a prediction log, the last two also without a reference. Rates to plot:
+
+accuracy of the feedback   sum(rate(serving_feedback_total{correct="true"}[1h])) / sum(rate(serving_feedback_total[1h]))
+business value an hour     sum(increase(serving_feedback_value_total{sign="gain"}[1h]))
+                           - sum(increase(serving_feedback_value_total{sign="loss"}[1h]))
+share of far images        sum(rate(serving_far_images_total[5m])) / sum(rate(serving_reference_distance_count[5m]))
+mean brightness            sum(rate(serving_image_statistic_sum{statistic="brightness"}[5m]))
+                           / sum(rate(serving_image_statistic_count{statistic="brightness"}[5m]))
+"""
 
 from __future__ import annotations
 
