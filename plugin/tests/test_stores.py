@@ -54,7 +54,7 @@ def proxied(
 
 def test_artifacts_in_s3(engine: Any, job_image: str, in_s3: ObjectStorage, tmp_path: Path) -> None:
     venue = Venue("docker", lambda run: None, {"image": job_image})
-    job = venue.submit("sleep", seconds="5")
+    job = venue.submit("sleep", seconds="20")  # longer than the questions take
     wait_for_line(job, "ready")
     run = venue.client.get_run(job.run_id)
     described = json.dumps(engine.inspect_container(run.data.tags["mlproject.docker_container"]))
