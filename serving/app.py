@@ -71,6 +71,7 @@ class Service:
         gc.collect()
         gc.freeze()
         self.metrics.serves(self.model)
+        self.metrics.limit.set(o.max_queue)
         following = None
         if source and o.poll_s:
             failed = self.metrics.failed_changes.inc

@@ -5,6 +5,7 @@ serving_request_seconds{endpoint}                     histogram: from a request'
 serving_requests_in_progress{endpoint}                requests whose answer is not ready
 serving_bad_inputs_total{endpoint}                    requests and image files refused
 serving_queue_images                                  images that wait or are being predicted
+serving_queue_limit_images                            images that may wait (max_queue of every worker)
 serving_batch_images, serving_batch_seconds           histograms: images in a batch, its time in the network
 serving_predictions_total{class}                      images by predicted class
 serving_confidence                                    histogram: probability of the predicted class
@@ -75,6 +76,9 @@ class Metrics:
         self.bad_inputs = Counter("serving_bad_inputs", "Requests and image files refused", ["endpoint"], registry=r)
         self.waiting = Gauge(
             "serving_queue_images", "Images that wait or are being predicted", registry=r, multiprocess_mode="livesum"
+        )
+        self.limit = Gauge(
+            "serving_queue_limit_images", "Images that may wait", registry=r, multiprocess_mode="livesum"
         )
         self.batch_images = Histogram("serving_batch_images", "Images in a batch", registry=r, buckets=IMAGES)
         self.batch_seconds = Histogram("serving_batch_seconds", "A batch in the network", registry=r, buckets=SECONDS)

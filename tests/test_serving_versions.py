@@ -145,6 +145,7 @@ def test_workers_share_the_work_and_add_up_their_metrics(
 ) -> None:
     service = start_service(served_model, "--workers=2")
     until(lambda: service.metric("serving_model_workers", version="1") == 2)
+    assert service.metric("serving_queue_limit_images") == 2 * 1024
     images_NHWC = some_images(20)
     logits_NK = expected_logits(served_model, images_NHWC)
     for image_HWC, logits_K in zip(images_NHWC, logits_NK, strict=True):
