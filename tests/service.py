@@ -92,11 +92,13 @@ def free_port() -> int:
 class PredictionService(Client):
     """`serve.py` as a process of its own."""
 
+    script = ROOT / "serve.py"
+
     def __init__(self, model_uri: str | Path, folder: Path, *flags: str, **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"serve-{self.port}.log"
-        command = [sys.executable, str(ROOT / "serve.py"), f"--model_uri={model_uri}", f"--port={self.port}", *flags]
+        command = [sys.executable, str(self.script), f"--model_uri={model_uri}", f"--port={self.port}", *flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

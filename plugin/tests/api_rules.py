@@ -32,12 +32,14 @@ class Problem(Exception):
 
 def refuse_unknown_fields(thing: Object) -> None:
     """Strict field validation, by the client library's description of the API."""
-    kind = thing["kind"]
-    unknown = list(_unknown_fields(thing, f"V1{kind}", ""))
+    kind, version = thing["kind"], thing["apiVersion"].rpartition("/")[2]
+    unknown = list(_unknown_fields(thing, f"{version.upper()}{kind}", ""))
     if unknown:
         names = ", ".join(f'unknown field "{path}"' for path in unknown)
         raise Problem(
-            400, "BadRequest", f'{kind} in version "v1" cannot be handled as a {kind}: strict decoding error: {names}'
+            400,
+            "BadRequest",
+            f'{kind} in version "{version}" cannot be handled as a {kind}: strict decoding error: {names}',
         )
 
 
