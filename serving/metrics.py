@@ -13,24 +13,24 @@ serving_model_workers{name,version}                   workers that serve a versi
 serving_model_changes_total                           changes to another version
 serving_model_failed_changes_total                    looks at the alias, or loads, that failed
 serving_feedback_total{label,correct}                 feedback by true label; correct is true or false
-serving_feedback_value_total{sign}                    business value told with it: sign is gain, or loss (as a positive sum)
+serving_feedback_value_total{sign}                    business value told with it: gain, and loss as a positive sum
 serving_log_rows_total{table}                         rows written to the prediction log; table: predictions, feedback
 serving_log_dropped_rows_total{table}                 rows lost, because the log's place was away for too long
 serving_log_waiting_rows                              rows that are in no file yet
 serving_log_unsent_files                              files on this machine's disk that wait for the log's place
 serving_log_failures_total                            attempts to write a file, or to bring it to its place, that failed
 serving_kept_images_total{rule}                       images kept; rule: sampled, uncertain, far
-serving_kept_image_bytes                              bytes of all kept images of this log, as far as this service knows
+serving_kept_image_bytes_total                        their bytes
 serving_image_statistic{statistic}                    summary (_sum, _count): brightness, contrast, sharpness, clipped
-serving_reference_distance                            histogram: distance from the reference in multiples of its threshold
-serving_far_images_total                              images above the threshold
+serving_reference_distance                            histogram: distance from the reference, its threshold being 1
 
-The last nine stay away without a prediction log, the last two also without a reference. Rates to plot:
+The last nine need a prediction log, the last one a model whose run holds a reference. Ways to ask:
 
 accuracy of the feedback   sum(rate(serving_feedback_total{correct="true"}[1h])) / sum(rate(serving_feedback_total[1h]))
 business value an hour     sum(increase(serving_feedback_value_total{sign="gain"}[1h]))
                            - sum(increase(serving_feedback_value_total{sign="loss"}[1h]))
-share of far images        sum(rate(serving_far_images_total[5m])) / sum(rate(serving_reference_distance_count[5m]))
+share of far images        1 - sum(rate(serving_reference_distance_bucket{le="1.0"}[5m]))
+                           / sum(rate(serving_reference_distance_count[5m]))
 mean brightness            sum(rate(serving_image_statistic_sum{statistic="brightness"}[5m]))
                            / sum(rate(serving_image_statistic_count{statistic="brightness"}[5m]))
 """
@@ -41,7 +41,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, multiprocess
 
 from serving.model import ServedModel, probabilities
 
@@ -49,6 +49,8 @@ SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+DISTANCES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
+TRUTH = {False: "false", True: "true"}
 
 
 class Metrics:
@@ -95,6 +97,34 @@ class Metrics:
         )
         self.changes = Counter("serving_model_changes", "Changes to another version", registry=r)
         self.failed_changes = Counter("serving_model_failed_changes", "Looks or loads that failed", registry=r)
+        self._feedback = Counter(
+            "serving_feedback", "Predictions of which the true class was told", ["label", "correct"], registry=r
+        )
+        self._value = Counter(
+            "serving_feedback_value", "Business value told, gains and losses apart", ["sign"], registry=r
+        )
+        self._gain, self._loss = self._value.labels("gain"), self._value.labels("loss")
+        self.log_rows = Counter("serving_log_rows", "Rows written to the prediction log", ["table"], registry=r)
+        self.log_dropped = Counter("serving_log_dropped_rows", "Rows lost", ["table"], registry=r)
+        self.log_waiting = Gauge(
+            "serving_log_waiting_rows", "Rows that are in no file yet", registry=r, multiprocess_mode="livesum"
+        )
+        self.log_unsent = Gauge(
+            "serving_log_unsent_files",
+            "Files that wait for the log's place",
+            registry=r,
+            multiprocess_mode="livesum",
+        )
+        self.log_failures = Counter("serving_log_failures", "Attempts to write a file that failed", registry=r)
+        self.kept = Counter("serving_kept_images", "Images kept, by rule", ["rule"], registry=r)
+        self.kept_bytes = Counter("serving_kept_image_bytes", "Bytes of the images kept", registry=r)
+        self.statistics = Summary("serving_image_statistic", "What images look like", ["statistic"], registry=r)
+        self.distance = Histogram(
+            "serving_reference_distance",
+            "Distance from the reference, its threshold being 1",
+            registry=r,
+            buckets=DISTANCES,
+        )
 
     def batch(self, model: ServedModel, logits_NK: np.ndarray, seconds: float) -> None:
         """Count a batch that was predicted."""
@@ -111,6 +141,16 @@ class Metrics:
             self.model.labels(before.name, before.version).set(0)
             self.changes.inc()
         self.model.labels(model.name, model.version).set(1)
+        for name in model.classes:  # a rate sees the first of its kind only if there was a 0 before it
+            self.predictions.labels(name)
+            for correct in TRUTH.values():
+                self._feedback.labels(name, correct)
+
+    def feedback(self, label: str, correct: bool, value: float | None) -> None:
+        """Count what was told of one prediction."""
+        self._feedback.labels(label, TRUTH[correct]).inc()
+        if value is not None:
+            (self._loss if value < 0 else self._gain).inc(abs(value))
 
     def exposition(self, waiting: int) -> bytes:
         """All values in Prometheus' text format, those of the other workers included."""
