@@ -21,18 +21,20 @@ serving_log_unsent_files                              files on this machine's di
 serving_log_failures_total                            attempts to write a file, or to bring it to its place, that failed
 serving_kept_images_total{rule}                       images kept; rule: sampled, uncertain, far
 serving_kept_image_bytes_total                        their bytes
-serving_image_statistic{statistic}                    summary (_sum, _count): brightness, contrast, sharpness, clipped
-serving_reference_distance                            histogram: distance from the reference, its threshold being 1
+serving_measured_images_total                         images whose statistics were taken
+serving_image_statistic_total{statistic}              sum over them; statistic: brightness, contrast, sharpness, clipped
+serving_compared_images_total                         images compared with the reference
+serving_reference_distance_total                      sum of their distances from it, its threshold being 1
+serving_far_images_total                              images above the threshold
 
-The last nine need a prediction log, the last one a model whose run holds a reference. Ways to ask:
+Those from serving_log_rows_total on need a prediction log, the last three a model whose run holds a reference. To ask:
 
 accuracy of the feedback   sum(rate(serving_feedback_total{correct="true"}[1h])) / sum(rate(serving_feedback_total[1h]))
 business value an hour     sum(increase(serving_feedback_value_total{sign="gain"}[1h]))
                            - sum(increase(serving_feedback_value_total{sign="loss"}[1h]))
-share of far images        1 - sum(rate(serving_reference_distance_bucket{le="1.0"}[5m]))
-                           / sum(rate(serving_reference_distance_count[5m]))
-mean brightness            sum(rate(serving_image_statistic_sum{statistic="brightness"}[5m]))
-                           / sum(rate(serving_image_statistic_count{statistic="brightness"}[5m]))
+share of far images        sum(rate(serving_far_images_total[5m])) / sum(rate(serving_compared_images_total[5m]))
+mean brightness            sum(rate(serving_image_statistic_total{statistic="brightness"}[5m]))
+                           / sum(rate(serving_measured_images_total[5m]))
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 from serving.model import ServedModel, probabilities
 
@@ -49,7 +51,6 @@ SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
-DISTANCES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
 TRUTH = {False: "false", True: "true"}
 
 
@@ -118,13 +119,13 @@ class Metrics:
         self.log_failures = Counter("serving_log_failures", "Attempts to write a file that failed", registry=r)
         self.kept = Counter("serving_kept_images", "Images kept, by rule", ["rule"], registry=r)
         self.kept_bytes = Counter("serving_kept_image_bytes", "Bytes of the images kept", registry=r)
-        self.statistics = Summary("serving_image_statistic", "What images look like", ["statistic"], registry=r)
-        self.distance = Histogram(
-            "serving_reference_distance",
-            "Distance from the reference, its threshold being 1",
-            registry=r,
-            buckets=DISTANCES,
+        self.measured = Counter("serving_measured_images", "Images whose statistics were taken", registry=r)
+        self.statistics = Counter("serving_image_statistic", "Sums over these images", ["statistic"], registry=r)
+        self.compared = Counter("serving_compared_images", "Images compared with the reference", registry=r)
+        self.distances = Counter(
+            "serving_reference_distance", "Sum of their distances from it, its threshold being 1", registry=r
         )
+        self.far = Counter("serving_far_images", "Images farther than the threshold", registry=r)
 
     def batch(self, model: ServedModel, logits_NK: np.ndarray, seconds: float) -> None:
         """Count a batch that was predicted."""
