@@ -86,17 +86,30 @@ class Endpoint:
     async def _respond(self, scope: Scope, receive: Receive) -> Response:
         if self._token and not hmac.compare_digest(header(scope, b"authorization"), self._token):
             raise RequestError("give the header 'Authorization: Bearer TOKEN'", 401)
-        body = None
+        body, late = None, False
+        task = asyncio.current_task()
+        assert task is not None
+
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        # asyncio.timeout would do the same, and takes 5 us of the 100 that a whole request takes.
+        timer = asyncio.get_running_loop().call_later(self._limits.timeout_s, give_up)
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                body = await read_body(scope, receive, self._limits.body_bytes)
-                return await self._handler(Request(scope), body)
-        except TimeoutError:
+            body = await read_body(scope, receive, self._limits.body_bytes)
+            return await self._handler(Request(scope), body)
+        except asyncio.CancelledError:
+            if not late or task.uncancel():
+                raise
             if body is None:
                 message, status = "the body did not arrive", 408
             else:
                 message, status = "the service is too busy for an answer", 504
             raise RequestError(f"{message} within {self._limits.timeout_s:g} s", status) from None
+        finally:
+            timer.cancel()
 
     def _refusal(self, error: RequestError) -> Response:
         if error.status in (400, 413, 415):
