@@ -13,10 +13,22 @@ if TYPE_CHECKING:
 
     from starlette.routing import Router
 
+    from monitoring.distance import Distances
     from serving.model import ServedModel
+    from serving.prediction_log import Place
+
+ROOM_FILE = "kept-bytes"
 
 UNREGISTERED_NAME, ONLY_VERSION = "classifier", "1"
 """What a model that is in no registry is called."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A version's files on this machine."""
+
+    model: Path
+    reference: Path | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,11 @@ class Settings:
         30.0, "seconds until a request is given up, and that a stop waits for requests", minimum=0.001
     )
     poll_s: float = setting(10.0, "seconds between two looks at where an alias points", minimum=0.1)
+    log: str = setting("", "prediction log: a folder or s3://bucket/prefix; empty: none")
+    keep_images: bool = setting(True, "whether the log may keep images; false: none")
+    keep_share: float = setting(0.01, "share of the images that is kept by chance", minimum=0, maximum=1)
+    keep_below: float = setting(0.6, "keep images predicted with less confidence than this", minimum=0, maximum=1)
+    keep_mb: int = setting(1024, "most MiB of kept images in the log", minimum=0)
 
 
 def main(settings: Settings) -> None:
@@ -52,14 +69,15 @@ def main(settings: Settings) -> None:
 
     for name, value in PATIENCE.items():  # a server that is away is told of after seconds, and asked again later
         os.environ.setdefault(name, value)
-    source = Source(settings.model_uri)
+    source = Source(settings.model_uri, logged=bool(settings.log))
     with TemporaryDirectory() as folder:
+        begin_log(settings, Path(folder))
         version = source.latest()
-        path = source.fetch(version, Path(folder))
-        source.ready(version, path)  # a model that does not load is told here, in one line
+        fetched = source.fetch(version, Path(folder))
+        source.ready(version, fetched)  # a model that does not load is told here, in one line
         print(f"serving {source.name}, version {version}, on http://{settings.host}:{settings.port}", flush=True)
         serve(
-            partial(application, settings, version, path),
+            partial(application, settings, version, fetched, Path(folder)),
             host=settings.host,
             port=settings.port,
             workers=settings.workers,
@@ -67,15 +85,16 @@ def main(settings: Settings) -> None:
         )
 
 
-def application(settings: Settings, version: str, path: Path) -> Router:
-    """The ASGI application of one worker, which starts with the model that is at `path` already."""
+def application(settings: Settings, version: str, fetched: Fetched, folder: Path) -> Router:
+    """The ASGI application of one worker, which starts with the model that is fetched already."""
     import os
 
     from data_loader.images import decode_image
     from serving import app
     from serving.http import Limits
+    from serving.prediction_log import Rules
 
-    source = Source(settings.model_uri)
+    source = Source(settings.model_uri, logged=bool(settings.log))
     options = app.Options(
         max_batch=settings.max_batch,
         max_delay_us=settings.max_delay_us,
@@ -83,15 +102,43 @@ def application(settings: Settings, version: str, path: Path) -> Router:
         threads=settings.threads,
         poll_s=settings.poll_s,
         limits=Limits(settings.max_body_mb * 2**20, settings.timeout_s, os.environ.get("SERVING_TOKEN", "")),
+        rules=Rules(settings.keep_images, settings.keep_share, settings.keep_below),
     )
-    return app.application(source.ready(version, path), decode_image, options, source if source.alias else None)
+    model = source.ready(version, fetched)
+    return app.application(model, decode_image, options, source if source.alias else None, log_place(settings, folder))
+
+
+def begin_log(settings: Settings, folder: Path) -> None:
+    """See that the log can be written, and how much room its images leave; `folder` is the workers' common one."""
+    if settings.log:
+        from data_loader.store import new_store
+        from serving.room import Room
+
+        taken_bytes = new_store(settings.log).size("images") if settings.keep_images else 0
+        Room(folder / ROOM_FILE, settings.keep_mb * 2**20).begin(taken_bytes)
+
+
+def log_place(settings: Settings, folder: Path) -> Place | None:
+    """Where the log lies and how images are described and written there; None without a log."""
+    if not settings.log:
+        return None
+    from data_loader.images import encode_png
+    from data_loader.statistics import STATISTICS, image_statistics
+    from data_loader.store import open_store
+    from serving.prediction_log import Place
+    from serving.room import Room
+
+    store = open_store(settings.log)
+    room = Room(folder / ROOM_FILE, settings.keep_mb * 2**20)
+    return Place(store.spool, store.put, image_statistics, STATISTICS, encode_png, room.take)
 
 
 class Source:
     """The versions behind a `model_uri`: one, or what an alias points to at the time."""
 
-    def __init__(self, model_uri: str) -> None:
-        self.model_uri = model_uri
+    def __init__(self, model_uri: str, *, logged: bool) -> None:
+        """`logged` predictions need more of a model: its embeddings, and the reference that training left."""
+        self.model_uri, self.logged = model_uri, logged
         self.name, self.alias, self._version = UNREGISTERED_NAME, "", ONLY_VERSION
         registered = model_uri.removeprefix("models:/")
         if registered != model_uri and "@" in registered:
@@ -114,11 +161,27 @@ class Source:
             kind = UsageError if getattr(error, "error_code", "") in FINAL_CODES else RunFailed
             raise kind(f"cannot look up '{self.model_uri}': {str(error).splitlines()[0]}") from error
 
-    def fetch(self, version: str, folder: Path) -> Path:
-        """The ONNX file of a version, in `folder` if it had to be downloaded."""
+    def fetch(self, version: str, folder: Path) -> Fetched:
+        """The files of a version, in `folder` if they had to be downloaded."""
         from utils.artifacts import fetch_model
 
-        return fetch_model(f"models:/{self.name}/{version}" if self.alias else self.model_uri, folder).path
+        model = fetch_model(f"models:/{self.name}/{version}" if self.alias else self.model_uri, folder)
+        return Fetched(model.path, self._fetch_reference(model.run_id, folder) if self.logged else None)
+
+    def _fetch_reference(self, run_id: str, folder: Path) -> Path | None:
+        """The reference on the model's run; None, and a line that says why, where there is none."""
+        from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER
+        from utils import RunFailed, UsageError
+        from utils.artifacts import fetch_run_file
+
+        reason: object = "the model comes from no run"
+        try:
+            if run_id:
+                return fetch_run_file(run_id, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", folder)
+        except (UsageError, RunFailed) as error:
+            reason = error
+        print(f"no reference, so no image is told to be far from it: {reason}", flush=True)
+        return None
 
     def load(self, version: str) -> ServedModel:
         """A version, fetched and ready."""
@@ -128,13 +191,29 @@ class Source:
         with TemporaryDirectory() as folder:
             return self.ready(version, self.fetch(version, Path(folder)))
 
-    def ready(self, version: str, path: Path) -> ServedModel:
-        """The model at `path`, loaded; every prediction runs in the one thread that asks for it."""
+    def ready(self, version: str, fetched: Fetched) -> ServedModel:
+        """A fetched model, loaded; every prediction runs in the one thread that asks for it."""
         from models.onnx_model import OnnxClassifier
         from serving.model import ServedModel
 
-        classifier = OnnxClassifier(path, threads=1)
-        return ServedModel(self.name, version, classifier.classes, classifier.image_shape, classifier.logits).checked()
+        classifier = OnnxClassifier(fetched.model, threads=1)
+        return ServedModel(
+            self.name,
+            version,
+            classifier.classes,
+            classifier.image_shape,
+            classifier.logits,
+            classifier.outputs if self.logged else None,
+            distances(fetched.reference) if fetched.reference else None,
+        ).checked()
+
+
+def distances(reference: Path) -> Distances:
+    """How far images are from those of a reference."""
+    from monitoring.distance import Distances
+    from monitoring.reference import read_reference
+
+    return Distances(read_reference(reference).embeddings_NE)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,21 @@ def decode_image(data: bytes, height: int, width: int, channels: int) -> np.ndar
     return resize(pixels.reshape(flat.height, flat.width, channels), height, width)
 
 
+def decode_own_size(data: bytes) -> np.ndarray:
+    """The same as decode_image, at the size and with the channels (1 or 3) that the image has."""
+    if not data:
+        raise DataError("empty file")
+    height, width, is_grey = _header(io.BytesIO(data))
+    return decode_image(data, height, width, 1 if is_grey else 3)
+
+
+def encode_png(image_HWC: np.ndarray) -> bytes:
+    """uint8 [H, W, C], C 1 or 3, as a PNG that decode_image reads back value by value."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [height, width, C]; the same array where the size is right already."""
     if image_HWC.shape[:2] == (height, width):
@@ -77,7 +92,12 @@ def header(path: Path) -> tuple[int, int, bool]:
     """
     if path.stat().st_size == 0:
         raise DataError("empty file")
-    with path.open("rb") as file, _open(file) as image:
+    with path.open("rb") as file:
+        return _header(file)
+
+
+def _header(file: IO[bytes]) -> tuple[int, int, bool]:
+    with _open(file) as image:
         width, height = image.size
         if _orientation(image) in (5, 6, 7, 8):  # those with a quarter turn
             width, height = height, width

@@ -1,13 +1,18 @@
-"""Many small files at one address, a folder or an s3://bucket/prefix: listed and read by name."""
+"""Many small files at one address, a folder or an s3://bucket/prefix: listed, read and put there by name."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_loader import DataError
+
+WRITABLE = ".writable"
+"""A file without content that shows that something could be written."""
 
 
 class Store(Protocol):
@@ -18,6 +23,37 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes:
         """A file's content. DataError where it cannot be read."""
+
+    def put(self, path: Path, name: str) -> None:
+        """Bring a file there, which is seen under its name when it is whole; it may be moved. OSError or DataError."""
+
+    def size(self, folder: str) -> int:
+        """Bytes of all files below a folder."""
+
+    @property
+    def spool(self) -> Path:
+        """A folder of this machine's for files on their way there, the same one each time; a move from it is cheap."""
+
+
+def new_store(address: str) -> Store:
+    """The same as open_store, made where there is no such folder yet. DataError where nothing can be written."""
+    if not address.startswith("s3://"):
+        try:
+            Path(address).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"folder '{address}' cannot be made: {error.strerror}; give one that can") from None
+    store = open_store(address)
+    try:
+        store.spool.mkdir(parents=True, exist_ok=True)
+        empty = store.spool / f"{WRITABLE}.{os.getpid()}.tmp"
+        empty.touch()
+        store.put(empty, WRITABLE)
+        empty.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"nothing can be written to '{store.spool}': {error.strerror}; give a folder where this user may write"
+        ) from None
+    return store
 
 
 def open_store(address: str) -> Store:
@@ -49,6 +85,18 @@ class FolderStore:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
+    def put(self, path: Path, name: str) -> None:
+        place = self.root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+    def size(self, folder: str) -> int:
+        return sum(path.stat().st_size for path in (self.root / folder).rglob("*") if path.is_file())
+
+    @property
+    def spool(self) -> Path:
+        return self.root / ".unsent"
+
 
 @dataclass(frozen=True)
 class S3Store:
@@ -68,6 +116,32 @@ class S3Store:
         object.__setattr__(self, "_prefix", f"{prefix}/" if prefix else "")
 
     def names(self, folder: str) -> Iterator[str]:
+        for name, _ in self._sizes(folder):
+            yield name
+
+    def read(self, name: str) -> bytes:
+        from data_loader import s3
+
+        with s3.one_line_errors(f"{self.address}/{name}"):
+            return bytes(self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}")["Body"].read())
+
+    def put(self, path: Path, name: str) -> None:
+        from data_loader import s3
+
+        with s3.one_line_errors(f"{self.address}/{name}", "write"):
+            self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}{name}", Body=path.read_bytes())
+
+    def size(self, folder: str) -> int:
+        return sum(size for _, size in self._sizes(folder))
+
+    @property
+    def spool(self) -> Path:
+        from data_loader import s3
+
+        place = hashlib.sha256(f"{s3.endpoint()} {self.address}".encode()).hexdigest()[:16]
+        return Path("outputs", "unsent", place)
+
+    def _sizes(self, folder: str) -> Iterator[tuple[str, int]]:
         from data_loader import s3
 
         pages = self._client.get_paginator("list_objects_v2")
@@ -75,10 +149,4 @@ class S3Store:
             for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{folder}/"):
                 for found in page.get("Contents", ()):
                     if not found["Key"].endswith("/"):
-                        yield found["Key"][len(self._prefix) :]
-
-    def read(self, name: str) -> bytes:
-        from data_loader import s3
-
-        with s3.one_line_errors(f"{self.address}/{name}"):
-            return bytes(self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}")["Body"].read())
+                        yield found["Key"][len(self._prefix) :], found["Size"]

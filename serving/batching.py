@@ -22,11 +22,15 @@ Observer = Callable[[ServedModel, np.ndarray, float], None]
 """Told of every batch, in the predicting thread and after the answers are on their way: model, logits_NK, seconds."""
 
 
+Outcome = tuple[np.ndarray, np.ndarray]
+"""logits_NK and embeddings_NE."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Call:
     model: ServedModel
     images_NHWC: np.ndarray
-    answer: asyncio.Future[np.ndarray]
+    answer: asyncio.Future[Outcome]
     deadline: float
     """When the batch that this call opens has to start (time.perf_counter)."""
 
@@ -48,8 +52,8 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def predict(self, model: ServedModel, images_NHWC: np.ndarray) -> np.ndarray:
-        """logits_NK of the images; RequestError 503 where too many wait already."""
+    async def predict(self, model: ServedModel, images_NHWC: np.ndarray) -> Outcome:
+        """What the model says of the images; RequestError 503 where too many wait already."""
         count = len(images_NHWC)
         if self.images and self.images + count > self._max_queue:
             raise RequestError(
@@ -58,7 +62,7 @@ class Batcher:
                 retry_after_s=1,
             )
         self.images += count
-        answer: asyncio.Future[np.ndarray] = self._loop.create_future()
+        answer: asyncio.Future[Outcome] = self._loop.create_future()
         self._calls.put(_Call(model, images_NHWC, answer, time.perf_counter() + self._max_delay_s))
         return await answer
 
@@ -96,20 +100,20 @@ class Batcher:
     def _predict(self, batch: list[_Call]) -> None:
         calls = [call for call in batch if not call.answer.cancelled()]  # nobody waits for the others any more
         model, started = batch[0].model, time.perf_counter()
-        outcome: np.ndarray | Exception = np.empty((0, len(model.classes)), np.float32)
+        outcome: Outcome | Exception = RuntimeError("nobody waits")
         try:
             if len(calls) == 1:
-                outcome = model.logits(calls[0].images_NHWC)
+                outcome = model.predict(calls[0].images_NHWC)
             elif calls:
-                outcome = model.logits(np.concatenate([call.images_NHWC for call in calls]))
+                outcome = model.predict(np.concatenate([call.images_NHWC for call in calls]))
         except Exception as error:  # the callers tell of it
             outcome = error
         seconds = time.perf_counter() - started
         self._loop.call_soon_threadsafe(self._answer, batch, calls, outcome)
         if self._observe and calls and not isinstance(outcome, Exception):
-            self._observe(model, outcome, seconds)
+            self._observe(model, outcome[0], seconds)
 
-    def _answer(self, batch: list[_Call], calls: list[_Call], outcome: np.ndarray | Exception) -> None:
+    def _answer(self, batch: list[_Call], calls: list[_Call], outcome: Outcome | Exception) -> None:
         self.images -= sum(len(call.images_NHWC) for call in batch)
         start = 0
         for call in calls:
@@ -119,4 +123,4 @@ class Batcher:
             if isinstance(outcome, Exception):
                 call.answer.set_exception(outcome)
             else:
-                call.answer.set_result(outcome[rows])
+                call.answer.set_result((outcome[0][rows], outcome[1][rows]))

@@ -66,12 +66,17 @@ def parse(body: bytes, json_length: str, model: ServedModel) -> Inference:
     return Inference(_images(inputs[0], binary, model), request_id, _wants_binary(message))
 
 
-def render(model: ServedModel, request: Inference, logits_NK: np.ndarray) -> tuple[bytes, int | None]:
-    """The response's body, and how much of it is JSON where the logits follow as raw bytes."""
+def render(model: ServedModel, request: Inference, logits_NK: np.ndarray, ids: list[str]) -> tuple[bytes, int | None]:
+    """The response's body, and how much of it is JSON where the logits follow as raw bytes.
+
+    The protocol's parameters are single values, so the ids of the predictions are one text with commas.
+    """
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": logits_NK.shape}
     message: dict[str, Any] = {"model_name": model.name, "model_version": model.version, "outputs": [output]}
     if request.id is not None:
         message["id"] = request.id
+    if ids:
+        message["parameters"] = {"ids": ",".join(ids)}
     if request.binary:
         raw = logits_NK.astype("<f4", copy=False).tobytes()
         output["parameters"] = {"binary_data_size": len(raw)}

@@ -16,6 +16,20 @@ Logits = Callable[[np.ndarray], np.ndarray]
 """uint8 images_NHWC -> float32 logits_NK, from any thread."""
 
 
+Outputs = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""The same with the embeddings: uint8 images_NHWC -> float32 logits_NK, embeddings_NE."""
+
+
+class Distances(Protocol):
+    """How far embeddings are from those that the model was tested on."""
+
+    threshold: float
+    """Above it an image is far."""
+
+    def to(self, embeddings_NE: np.ndarray) -> np.ndarray:
+        """float32 distances_N."""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """One version of a classifier, ready to predict."""
@@ -25,10 +39,22 @@ class ServedModel:
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     logits: Logits
+    outputs: Outputs | None = None
+    """Asked instead of `logits` where there is a prediction log."""
+    distances: Distances | None = None
+    """None where no reference is known."""
+
+    def predict(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """logits_NK and embeddings_NE, the latter of length 0 where nobody asks for them."""
+        if self.outputs:
+            return self.outputs(images_NHWC)
+        return self.logits(images_NHWC), np.empty((len(images_NHWC), 0), np.float32)
 
     def checked(self) -> ServedModel:
         """The model itself, after a first prediction that also warms it up; ValueError if that is no prediction."""
-        logits_NK = self.logits(np.zeros((1, *self.image_shape), np.uint8))
+        logits_NK, embeddings_NE = self.predict(np.zeros((1, *self.image_shape), np.uint8))
+        if self.distances:
+            self.distances.to(embeddings_NE)
         if logits_NK.shape != (1, len(self.classes)) or not np.isfinite(logits_NK).all():
             raise ValueError(f"version {self.version} of {self.name} gives no finite logit for each of its classes")
         return self

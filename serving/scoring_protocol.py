@@ -39,9 +39,12 @@ def parse(body: bytes, content_type: str, model: ServedModel) -> np.ndarray:
     return images_of_lists(data, model.image_shape, key)
 
 
-def render(logits_NK: np.ndarray) -> bytes:
-    """The response's body."""
-    return orjson.dumps({"predictions": {OUTPUT: logits_NK}}, option=orjson.OPT_SERIALIZE_NUMPY)
+def render(logits_NK: np.ndarray, ids: list[str]) -> bytes:
+    """The response's body; MLflow's clients pass over the ids."""
+    message: dict[str, Any] = {"predictions": {OUTPUT: logits_NK}}
+    if ids:
+        message["ids"] = ids
+    return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def render_error(message: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_loader import DataError
 from data_loader.dataset import load
-from data_loader.images import decode_image
+from data_loader.images import decode_image, encode_png
 from data_loader.splits import split_of
 
 
@@ -40,6 +40,19 @@ def png16(values_HWC: np.ndarray) -> bytes:
         + png_chunk(b"IDAT", zlib.compress(lines))
         + png_chunk(b"IEND", b"")
     )
+
+
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from((1, 3))),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=30, deadline=None)
+def test_an_encoded_image_is_decoded_to_the_same_values(shape: tuple[int, int, int], seed: int) -> None:
+    image_HWC = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    data = encode_png(image_HWC)
+    np.testing.assert_array_equal(decode_image(data, *shape), image_HWC)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "L" if shape[2] == 1 else "RGB", shape[1::-1])
 
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")

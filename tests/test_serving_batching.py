@@ -54,9 +54,14 @@ def run(
     asyncio.run(main())
 
 
+async def logits(batcher: Batcher, model: ServedModel, images_NHWC: np.ndarray) -> np.ndarray:
+    """The logits of a call."""
+    return (await batcher.predict(model, images_NHWC))[0]
+
+
 async def occupied(batcher: Batcher, gate: Gate) -> asyncio.Task[np.ndarray]:
     """A call that is being predicted."""
-    task = asyncio.create_task(batcher.predict(gate.model, image(1)))
+    task = asyncio.create_task(logits(batcher, gate.model, image(1)))
     await asyncio.to_thread(gate.entered.acquire)
     return task
 
@@ -66,7 +71,7 @@ def test_what_arrives_during_a_prediction_goes_together_and_no_batch_is_too_larg
 
     async def use(batcher: Batcher) -> None:
         first = await occupied(batcher, gate)
-        others = [asyncio.create_task(batcher.predict(gate.model, image(n, n))) for n in range(7)]
+        others = [asyncio.create_task(logits(batcher, gate.model, image(n, n))) for n in range(7)]
         await asyncio.sleep(0)
         assert batcher.images == 15
         gate.open.set()
@@ -83,7 +88,7 @@ def test_a_request_larger_than_a_batch_is_predicted_alone() -> None:
 
     async def use(batcher: Batcher) -> None:
         first = await occupied(batcher, gate)
-        calls = [asyncio.create_task(batcher.predict(gate.model, image(*range(n)))) for n in (3, 30, 3)]
+        calls = [asyncio.create_task(logits(batcher, gate.model, image(*range(n)))) for n in (3, 30, 3)]
         await asyncio.sleep(0)
         gate.open.set()
         answers = await asyncio.gather(first, *calls)
@@ -98,7 +103,7 @@ def test_two_models_share_no_batch() -> None:
 
     async def use(batcher: Batcher) -> None:
         first = await occupied(batcher, gate)
-        calls = [asyncio.create_task(batcher.predict(model, image(5))) for model in (gate.model, other.model) * 2]
+        calls = [asyncio.create_task(logits(batcher, model, image(5))) for model in (gate.model, other.model) * 2]
         await asyncio.sleep(0)
         gate.open.set()
         await asyncio.gather(first, *calls)
@@ -112,14 +117,14 @@ def test_a_full_queue_refuses_at_once_and_takes_again_later() -> None:
 
     async def use(batcher: Batcher) -> None:
         first = await occupied(batcher, gate)
-        second = asyncio.create_task(batcher.predict(gate.model, image(2, 3)))
+        second = asyncio.create_task(logits(batcher, gate.model, image(2, 3)))
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="3 images wait, allowed: 3") as refusal:
-            await batcher.predict(gate.model, image(4))
+            await logits(batcher, gate.model, image(4))
         assert (refusal.value.status, refusal.value.retry_after_s) == (503, 1)
         gate.open.set()
         await asyncio.gather(first, second)
-        assert (await batcher.predict(gate.model, image(4))).tolist() == [[4]]
+        assert (await logits(batcher, gate.model, image(4))).tolist() == [[4]]
 
     run(use, max_queue=3)
 
@@ -129,8 +134,8 @@ def test_an_error_reaches_its_callers_and_nobody_else() -> None:
 
     async def use(batcher: Batcher) -> None:
         with pytest.raises(RuntimeError, match="no logits"):
-            await batcher.predict(gate.model, image(255))
-        assert (await batcher.predict(gate.model, image(7))).tolist() == [[7]]
+            await logits(batcher, gate.model, image(255))
+        assert (await logits(batcher, gate.model, image(7))).tolist() == [[7]]
         assert batcher.images == 0
 
     run(use)
@@ -141,13 +146,13 @@ def test_nobody_predicts_for_a_caller_that_left() -> None:
 
     async def use(batcher: Batcher) -> None:
         first = await occupied(batcher, gate)
-        left = asyncio.create_task(batcher.predict(gate.model, image(2, 2)))
+        left = asyncio.create_task(logits(batcher, gate.model, image(2, 2)))
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.sleep(0)
         gate.open.set()
         await first
-        await batcher.predict(gate.model, image(3))
+        await logits(batcher, gate.model, image(3))
         assert gate.batches == [1, 1]
         assert batcher.images == 0
 
@@ -159,7 +164,7 @@ def test_closing_answers_what_waits() -> None:
 
     async def main() -> None:
         batcher = Batcher(max_batch=2, max_delay_us=100, max_queue=100, threads=2)
-        calls = [asyncio.create_task(batcher.predict(gate.model, image(n))) for n in range(9)]
+        calls = [asyncio.create_task(logits(batcher, gate.model, image(n))) for n in range(9)]
         await asyncio.sleep(0)
         gate.open.set()
         await asyncio.to_thread(batcher.close)
@@ -176,7 +181,7 @@ def test_everyone_gets_their_own_answer(requests: list[list[int]], max_batch: in
     gate = Gate(opened=True)
 
     async def use(batcher: Batcher) -> None:
-        answers = await asyncio.gather(*[batcher.predict(gate.model, image(*pixels)) for pixels in requests])
+        answers = await asyncio.gather(*[logits(batcher, gate.model, image(*pixels)) for pixels in requests])
         assert [answer.ravel().tolist() for answer in answers] == requests
         assert sum(gate.batches) == sum(map(len, requests))
         assert all(size <= max(max_batch, 5) for size in gate.batches)

@@ -1,0 +1,148 @@
+"""Files on their way to the prediction log: written to this machine's disk first, brought to their place by a thread.
+
+So whoever writes never waits for a network. What cannot be brought there stays on the disk and is tried again, after a
+restart too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+log = logging.getLogger("uvicorn.error")
+
+Put = Callable[[Path, str], None]
+"""Brings a file to a name under the log's address; it may take the file away. Raises what explains itself."""
+
+AT_ONCE = 4
+"""Files that are brought at a time: a small object takes S3 some ten milliseconds, most of them waiting."""
+
+PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""After the first failure in a row, the second ...; after the last one it stays."""
+
+MOST_BYTES = 2**30
+"""What may wait on the disk: at a thousand rows a second of 64 numbers, an hour without the store."""
+
+TEMPORARY = ".tmp"
+
+
+class Spool:
+    """A folder of files that a thread brings to their place, under the same names."""
+
+    def __init__(self, folder: Path, put: Put, failed: Callable[[], None] = lambda: None) -> None:
+        """`failed` is called after every attempt that was in vain. OSError where the folder cannot be made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._put, self._failed = put, failed
+        self._new: SimpleQueue[str | None] = SimpleQueue()
+        self._sizes: dict[str, int] = {}
+        """Bytes of each file that waits, by name, in the order of coming."""
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(AT_ONCE, "put")
+        self._bring_thread = threading.Thread(target=self._bring, name="log-store", daemon=True)
+        for path in sorted(folder.rglob("*")):  # of a service that ended before the store came back
+            if path.is_file() and path.suffix != TEMPORARY:
+                self._note(path.relative_to(folder).as_posix(), path.stat().st_size)
+        self._bring_thread.start()
+
+    def write(self, name: str, write: Callable[[Path], None]) -> int:
+        """The bytes of a new file, which `write` made; OSError where it could not."""
+        path = self.folder / name
+        temporary = path.with_name(f"{path.name}{TEMPORARY}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            size = temporary.stat().st_size
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._note(name, size)
+        return size
+
+    @property
+    def files(self) -> int:
+        """Files that wait."""
+        return len(self._sizes)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be written."""
+        return self._bytes >= MOST_BYTES
+
+    def close(self) -> None:
+        """Bring what waits, tables before images; give up at the first failure, and say what stays."""
+        self._new.put(None)
+        self._bring_thread.join()
+        self._pool.shutdown()
+        if self._sizes:
+            log.warning(
+                "prediction log: %d files stay in %s; the next start brings them to their place",
+                len(self._sizes),
+                self.folder.resolve(),
+            )
+
+    def _note(self, name: str, size: int) -> None:
+        with self._lock:
+            self._sizes[name] = size
+            self._bytes += size
+        self._new.put(name)
+
+    def _bring(self) -> None:
+        failures, closing, next_try = 0, False, 0.0
+        while True:
+            try:
+                wait_s = max(0.0, next_try - time.monotonic()) if failures else None
+                closing |= self._new.get(timeout=wait_s) is None
+            except Empty:
+                pass
+            if failures and not closing and time.monotonic() < next_try:
+                continue
+            error = self._bring_all(closing)
+            if error is None:
+                if failures:
+                    log.info("prediction log: everything is at its place again")
+                failures = 0
+            else:
+                self._failed()
+                if not failures:
+                    log.warning("prediction log: %s; %d files wait in %s", _one_line(error), self.files, self.folder)
+                next_try = time.monotonic() + PAUSES_S[min(failures, len(PAUSES_S) - 1)]
+                failures += 1
+            if closing:
+                return
+
+    def _bring_all(self, tables_first: bool) -> Exception | None:
+        """Bring what waits, a few files at a time, up to the first failure, which is returned."""
+        while self._sizes:
+            with self._lock:
+                names = list(self._sizes)
+            if tables_first:
+                names.sort(key=lambda name: not name.endswith(".parquet"))
+            chunk = names[: 8 * AT_ONCE]
+            for name, error in zip(chunk, self._pool.map(self._bring_one, chunk), strict=True):
+                if error:
+                    return error
+                with self._lock:
+                    self._bytes -= self._sizes.pop(name)
+        return None
+
+    def _bring_one(self, name: str) -> Exception | None:
+        path = self.folder / name
+        try:
+            if path.exists():  # or another worker that found it has brought it
+                self._put(path, name)
+                path.unlink(missing_ok=True)
+        except Exception as error:  # of the store, of S3, of the disk
+            return None if isinstance(error, FileNotFoundError) and not path.exists() else error
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
