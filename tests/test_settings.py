@@ -23,6 +23,8 @@ SCRIPTS = {
     "predict": "predict",
     "export": "export",
     "serve": "serve",
+    "client": "client",
+    "recommend_labels": "recommend_labels",
 }
 
 
