@@ -110,7 +110,7 @@ class PredictionLog:
         import pyarrow.parquet  # noqa: F401  (0.2 s: now, and not while requests are answered)
 
         self._place, self._rules, self._metrics = place, rules, metrics
-        self._spool = Spool(place.spool, place.put, metrics.log_failures.inc)
+        self._spool = Spool(place.spool, place.put, metrics.log_unsent.set, metrics.log_failures.inc)
         self._worker = os.urandom(4).hex()
         self._files = 0
         self._queue: SimpleQueue[Answered | Told | None] = SimpleQueue()
@@ -145,10 +145,9 @@ class PredictionLog:
         self.observe()
 
     def observe(self) -> None:
-        """Set the gauges."""
+        """Set the gauge of what waits."""
         unwritten = sum(len(table) for _, table, _ in self._unwritten)
         self._metrics.log_waiting.set(self._added_rows - self._taken_rows + unwritten)
-        self._metrics.log_unsent.set(self._spool.files)
 
     # The thread that writes.
 
@@ -367,7 +366,9 @@ def _lists(values_NX: np.ndarray) -> Any:
 
     rows, length = values_NX.shape
     offsets = np.arange(rows + 1, dtype=np.int32) * length
-    return pa.ListArray.from_arrays(offsets, np.ascontiguousarray(values_NX, np.float32).ravel())
+    return pa.ListArray.from_arrays(
+        offsets, np.ascontiguousarray(values_NX, np.float32).ravel(), type=pa.list_(pa.float32())
+    )
 
 
 def _write_parquet(table: Any, path: Path) -> None:

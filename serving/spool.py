@@ -34,11 +34,14 @@ TEMPORARY = ".tmp"
 class Spool:
     """A folder of files that a thread brings to their place, under the same names."""
 
-    def __init__(self, folder: Path, put: Put, failed: Callable[[], None] = lambda: None) -> None:
-        """`failed` is called after every attempt that was in vain. OSError where the folder cannot be made."""
+    def __init__(self, folder: Path, put: Put, waiting: Callable[[int], None], failed: Callable[[], None]) -> None:
+        """`waiting` is told how many files wait, `failed` called after every attempt that was in vain.
+
+        OSError where the folder cannot be made.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._put, self._failed = put, failed
+        self._put, self._waiting, self._failed = put, waiting, failed
         self._new: SimpleQueue[str | None] = SimpleQueue()
         self._sizes: dict[str, int] = {}
         """Bytes of each file that waits, by name, in the order of coming."""
@@ -65,11 +68,6 @@ class Spool:
             raise
         self._note(name, size)
         return size
-
-    @property
-    def files(self) -> int:
-        """Files that wait."""
-        return len(self._sizes)
 
     @property
     def full(self) -> bool:
@@ -105,6 +103,7 @@ class Spool:
             if failures and not closing and time.monotonic() < next_try:
                 continue
             error = self._bring_all(closing)
+            self._waiting(len(self._sizes))
             if error is None:
                 if failures:
                     log.info("prediction log: everything is at its place again")
@@ -112,7 +111,7 @@ class Spool:
             else:
                 self._failed()
                 if not failures:
-                    log.warning("prediction log: %s; %d files wait in %s", _one_line(error), self.files, self.folder)
+                    log.warning("prediction log: %s; files wait in %s", _one_line(error), self.folder)
                 next_try = time.monotonic() + PAUSES_S[min(failures, len(PAUSES_S) - 1)]
                 failures += 1
             if closing:
