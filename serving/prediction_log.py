@@ -14,13 +14,12 @@ import json
 import logging
 import os
 import threading
-import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -89,6 +88,13 @@ class Answered:
     logits_NK: np.ndarray
     embeddings_NE: np.ndarray
 
+    table = PREDICTIONS
+
+    @property
+    def rows(self) -> int:
+        """Rows in the log."""
+        return len(self.ids)
+
     @property
     def bytes(self) -> int:
         """What it holds in memory."""
@@ -102,6 +108,13 @@ class Told:
     entries: list[Feedback]
     time_s: float
 
+    table, bytes = FEEDBACK, 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in the log."""
+        return len(self.entries)
+
 
 class PredictionLog:
     """The log of one worker. `add` and `add_feedback` never wait; they are for one thread, that of the event loop."""
@@ -113,7 +126,9 @@ class PredictionLog:
         self._spool = Spool(place.spool, place.put, metrics.log_unsent.set, metrics.log_failures.inc)
         self._worker = os.urandom(4).hex()
         self._files = 0
-        self._queue: SimpleQueue[Answered | Told | None] = SimpleQueue()
+        self._queue: deque[Answered | Told] = deque()
+        self._wake, self._closing = threading.Event(), False
+        """Set when a file's worth waits: to wake the thread for each request would cost more than all it does."""
         self._added_bytes = self._taken_bytes = self._added_rows = self._taken_rows = 0
         self._unwritten: list[tuple[str, Any, str]] = []
         """Tables for which there was no room on the disk: folder, table, day."""
@@ -126,18 +141,24 @@ class PredictionLog:
         if self._added_bytes - self._taken_bytes > MOST_WAITING_BYTES:
             self._drop(PREDICTIONS, len(answered.ids), "this machine's disk does not keep up")
             return
-        self._added_bytes += answered.bytes
-        self._added_rows += len(answered.ids)
-        self._queue.put(answered)
+        self._queue.append(answered)
+        self._added(len(answered.ids), answered.bytes)
 
     def add_feedback(self, entries: list[Feedback], time_s: float) -> None:
         """Rows of feedback."""
-        self._added_rows += len(entries)
-        self._queue.put(Told(entries, time_s))
+        self._queue.append(Told(entries, time_s))
+        self._added(len(entries), 0)
+
+    def _added(self, rows: int, size: int) -> None:
+        self._added_rows += rows
+        self._added_bytes += size
+        if self._added_rows - self._taken_rows >= FILE_ROWS or self._added_bytes - self._taken_bytes >= FILE_BYTES:
+            self._wake.set()
 
     def close(self) -> None:
         """Write everything and bring it to its place."""
-        self._queue.put(None)
+        self._closing = True
+        self._wake.set()
         self._thread.join()
         for folder, table, _ in self._unwritten:
             self._drop(folder, len(table), "this machine's disk takes nothing")
@@ -152,48 +173,38 @@ class PredictionLog:
     # The thread that writes.
 
     def _work(self) -> None:
-        while self._gather_and_write():
-            pass
+        while not self._closing:
+            self._wake.wait(FILE_AGE_S)
+            self._wake.clear()
+            self._write_all()
+        self._write_all()
 
-    def _gather_and_write(self) -> bool:
-        """Wait for something, then for what comes with it; write it. False at the end."""
-        answered: list[Answered] = []
-        told: list[Told] = []
-        rows = size = 0
-        deadline = time.monotonic() + FILE_AGE_S
-        more = True
-        while rows < FILE_ROWS and size < FILE_BYTES:
+    def _write_all(self) -> None:
+        """Write what waits, in files of a limited size."""
+        self._write_unwritten()
+        while self._queue:
+            batch: list[Answered | Told] = []
+            rows = size = 0
+            while self._queue and rows < FILE_ROWS and size < FILE_BYTES:
+                item = self._queue.popleft()
+                batch.append(item)
+                rows, size = rows + item.rows, size + item.bytes
             try:
-                item = self._queue.get(
-                    timeout=max(0.0, deadline - time.monotonic()) if rows or self._unwritten else None
-                )
-            except Empty:
-                break
-            if item is None:
-                more = False
-                break
-            if not rows:
-                deadline = time.monotonic() + FILE_AGE_S
-            if isinstance(item, Answered):
-                answered.append(item)
-                rows, size = rows + len(item.ids), size + item.bytes
-            else:
-                told.append(item)
-                rows += len(item.entries)
-        try:
-            self._write_unwritten()
-            for model in dict.fromkeys(each.model for each in answered):
-                self._write_predictions(model, [each for each in answered if each.model is model])
-            if told:
-                self._write_feedback(told)
-        except Exception:  # a bug, which must not end the thread
-            log.exception("prediction log: %d rows are lost", rows)
-            self._metrics.log_dropped.labels(PREDICTIONS).inc(sum(len(each.ids) for each in answered))
-            self._metrics.log_dropped.labels(FEEDBACK).inc(sum(len(each.entries) for each in told))
-        self._taken_bytes += sum(each.bytes for each in answered)
-        self._taken_rows += rows
+                self._write_batch(batch)
+            except Exception:  # a bug, which must not end the thread
+                log.exception("prediction log: %d rows are lost", rows)
+                for item in batch:
+                    self._metrics.log_dropped.labels(item.table).inc(item.rows)
+            self._taken_bytes += size
+            self._taken_rows += rows
         self.observe()
-        return more
+
+    def _write_batch(self, batch: list[Answered | Told]) -> None:
+        answered = [item for item in batch if isinstance(item, Answered)]
+        for model in dict.fromkeys(each.model for each in answered):
+            self._write_predictions(model, [each for each in answered if each.model is model])
+        if told := [item for item in batch if isinstance(item, Told)]:
+            self._write(FEEDBACK, feedback_table(told), _day(told[0].time_s))
 
     def _write_predictions(self, model: ServedModel, answered: list[Answered]) -> None:
         images_NHWC = np.concatenate([each.images_NHWC for each in answered])
@@ -223,9 +234,6 @@ class PredictionLog:
         for name, total in zip(self._place.names, statistics_NS.sum(axis=0, dtype=np.float64).tolist(), strict=True):
             self._metrics.statistics.labels(name).inc(total)
         self._write(PREDICTIONS, table, day)
-
-    def _write_feedback(self, told: list[Told]) -> None:
-        self._write(FEEDBACK, feedback_table(told), _day(told[0].time_s))
 
     def _keep(
         self,
@@ -374,7 +382,9 @@ def _lists(values_NX: np.ndarray) -> Any:
 def _write_parquet(table: Any, path: Path) -> None:
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(table, path, compression="zstd")
+    # A dictionary of all the numbers would take seven times as long, and more room.
+    repeated = [name for name in ("model", "version", "class", "kept", "label") if name in table.column_names]
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=repeated)
 
 
 def _write_bytes(data: bytes, path: Path) -> None:
