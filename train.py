@@ -149,11 +149,13 @@ def main(settings: Settings) -> None:
 def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: TrainingState, run: Run) -> None:
     """Export the model and judge it, as the file that ships, on the test split."""
     from data_loader.pictures import image_grid
+    from data_loader.statistics import image_statistics
     from models.checkpoint import save_network, weights_sha256
     from models.onnx_export import to_onnx
     from models.onnx_model import OnnxClassifier
     from models.pictures import learning_curves
     from models.report import judge
+    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, make_reference, write_reference
 
     network.load_state_dict(state.best_weights or network.state_dict())
     save_network(run.folder / NETWORK, network, state.spec)
@@ -164,13 +166,17 @@ def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: T
     run.tags(facts)
     run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step)
 
-    logits_NK = OnnxClassifier(onnx_file).logits_of(data.images_NHWC, rows)
+    classifier = OnnxClassifier(onnx_file)
+    logits_NK = classifier.logits_of(data.images_NHWC, rows)
     found = judge(logits_NK, data.labels_N[rows], data.classes)
     run.metrics(found.metrics("test"))
     run.picture(learning_curves(state.history), "pictures/learning_curves.png")
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
+    test = (data.images_NHWC, data.labels_N, rows)
+    reference = make_reference(*test, data.classes, outputs=classifier.outputs, statistics=image_statistics)
+    run.artifact(write_reference(reference, run.folder / REFERENCE_FILE), REFERENCE_FOLDER)
     result = found.sentence("test", len(rows))
     run.describe(result)
     if settings.register_as:

@@ -16,8 +16,10 @@ from ports import free_port
 from tracking_server import TrackingServer
 
 import train
+from data_loader.dataset import load as load_data_set
 from models import ModelError, TrainingDiverged
 from models.checkpoint import load, load_network
+from monitoring.reference import read_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -101,6 +103,29 @@ def test_the_logged_model_is_the_network_that_was_trained(
         expected = network(torch.from_numpy(images_NHWC)).numpy()
     np.testing.assert_allclose(model.predict(images_NHWC)["logits"], expected, atol=1e-4)
     assert spec.classes == tuple("0123456789")
+
+
+def test_the_reference_is_the_test_split_as_the_logged_model_sees_it(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(capsys)
+    reference = read_reference(artifact(run, "monitoring/reference.parquet", tmp_path))
+    data = load_data_set("digits", data_dir=project / "data")
+    rows = data.rows["test"]
+    images_NHWC = np.asarray(data.images_NHWC[rows])
+    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    np.testing.assert_array_equal(reference.labels_N, data.labels_N[rows])
+    logits_NK = model.predict(images_NHWC)["logits"]
+    np.testing.assert_array_equal(reference.predicted_N, logits_NK.argmax(axis=1))
+    accuracy = (reference.predicted_N == reference.labels_N).mean()
+    assert accuracy == pytest.approx(run.data.metrics["test/accuracy"], abs=1e-9)
+    np.testing.assert_allclose(reference.statistics_NS[:, 0], images_NHWC.mean(axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(reference.statistics_NS[:, 1], images_NHWC.std(axis=(1, 2, 3)), rtol=1e-4)
+    # The last layer of the network gives the logits of these embeddings.
+    network, _ = load_network(artifact(run, "checkpoints/model.pt", tmp_path))
+    with torch.inference_mode():
+        last = network[-1][-1](torch.from_numpy(reference.embeddings_NE)).numpy()
+    np.testing.assert_allclose(last, logits_NK, atol=1e-4)
 
 
 def test_early_stopping_ends_soon_and_takes_the_best_epoch(
