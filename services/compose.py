@@ -25,8 +25,15 @@ from typing import Any
 
 import settings
 from settings import FILE, FOLDER, Refused
+from watching import alertmanager_config, prometheus_config
 
-SERVICES = {"postgresql": "postgresql", "mariadb": "mariadb", "s3": "s3", "tls": "proxy"}  # by profile
+STORAGE = ("postgresql", "mariadb", "s3")
+SERVICES = {  # by profile
+    **{name: (name,) for name in STORAGE},
+    "tls": ("proxy",),
+    "monitoring": ("prometheus", "alertmanager", "pushgateway", "node-exporter"),
+    "grafana": ("grafana",),
+}
 PATIENCE_S = 300
 TLS_PATIENCE_S = 30
 AUTHORITY = FOLDER / "tls-root.crt"
@@ -54,13 +61,14 @@ class Stack:
         self.run("up", "--detach", "--remove-orphans")
         self._wait(["server"])
         self._remove_unused()
+        self._wait([name for profile in watching(self.values) for name in SERVICES[profile]])
         if self.values["TLS"] != "off":
             self._wait_for_tls()
         print(welcome(self.values))
 
     def start_storage(self) -> None:
         """Start the database and the S3 server, with its bucket."""
-        storage = [name for name in profiles(self.values) if name != "tls"]
+        storage = [name for name in profiles(self.values) if name in STORAGE]
         self.run("up", "--detach", *storage)
         self._wait(storage)
         if "s3" in storage:
@@ -132,7 +140,7 @@ class Stack:
 
     def _remove_unused(self) -> None:
         """End what an earlier start had and these settings have not; its data stays."""
-        used = {"server", *(SERVICES[profile] for profile in profiles(self.values))}
+        used = {"server", *(name for profile in profiles(self.values) for name in SERVICES[profile])}
         if unused := sorted(self._states().keys() - used):
             self.run("rm", "--stop", "--force", *unused, all_profiles=True)
 
@@ -147,7 +155,12 @@ class Stack:
 def profiles(values: Mapping[str, str]) -> list[str]:
     """The parts of compose.yaml that the settings ask for, besides the server."""
     own_store, tls = not values["S3_ENDPOINT_URL"], values["TLS"] != "off"
-    return [values["DATABASE"], *(["s3"] if own_store else []), *(["tls"] if tls else [])]
+    return [values["DATABASE"], *(["s3"] if own_store else []), *(["tls"] if tls else []), *watching(values)]
+
+
+def watching(values: Mapping[str, str]) -> list[str]:
+    """The parts of compose.yaml that watch, as far as the settings ask for them."""
+    return {"off": [], "prometheus": ["monitoring"], "grafana": ["monitoring", "grafana"]}[values["MONITORING"]]
 
 
 def environment(values: Mapping[str, str]) -> dict[str, str]:
@@ -163,6 +176,8 @@ def environment(values: Mapping[str, str]) -> dict[str, str]:
         "SERVER_BIND": values["BIND"] if tls == "off" else "127.0.0.1",
         "SERVER_MEMORY": f"{1024 * (1 + int(values['WORKERS']))}m",
         "TLS_CERTIFICATE": "internal",
+        "PROMETHEUS_CONFIG": prometheus_config(values),
+        "ALERTMANAGER_CONFIG": alertmanager_config(values),
     }
     if tls not in ("off", "internal"):
         if absent := [name for name in ("tls.crt", "tls.key") if not (Path(tls) / name).is_file()]:
@@ -228,6 +243,11 @@ def welcome(values: Mapping[str, str]) -> str:
         lines.append("  export MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false")
     if values["TLS"] == "internal":
         lines.append(f"  export MLFLOW_TRACKING_SERVER_CERT_PATH='{AUTHORITY}'")
+    if values["MONITORING"] != "off":
+        lines.append(f"Prometheus is up: http://127.0.0.1:{values['PROMETHEUS_PORT']}")
+    if values["MONITORING"] == "grafana":
+        where = f"http://127.0.0.1:{values['GRAFANA_PORT']}"
+        lines.append(f"Grafana is up: {where} (sign in as admin; the password is GRAFANA_PASSWORD in {FILE})")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ EXAMPLE = FOLDER / ".env.example"
 PORT = (r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]", "a port from 1 to 65535")
 IMAGE = (r"[\w./:@-]*", "an image's name, or nothing for the one in compose.yaml")
 NAMES = (r"[^\s,]+(,[^\s,]+)*|", "names with commas between them, or nothing")
+WATCHING = ("PROMETHEUS", "ALERTMANAGER", "PUSHGATEWAY", "NODE_EXPORTER", "GRAFANA")
 RULES = {
     "BIND": (r"[\da-fA-F.:]+", "an IP address of this machine, such as 127.0.0.1 or 0.0.0.0"),
     "MLFLOW_PORT": PORT,
@@ -41,9 +42,16 @@ RULES = {
     "TLS": ("off|internal|/.+", "off, internal, or the path of a folder with tls.crt and tls.key"),
     "TLS_HOST": (r"[\w.-]+", "a host name"),
     "TLS_PORT": PORT,
-    **{f"{name}_IMAGE": IMAGE for name in ("BASE", "SERVER", "POSTGRESQL", "MARIADB", "S3", "PROXY")},
+    "MONITORING": ("off|prometheus|grafana", "off, prometheus, or grafana (with Prometheus)"),
+    "SERVING_TARGETS": (r"[\w.-]+:\d+(,[\w.-]+:\d+)*", "HOST:PORT, or several with commas between them"),
+    "ALERT_WEBHOOK_URL": (r"https?://.+|", "http(s)://..., or nothing"),
+    "SERVING_TOKEN": (".*", "the prediction service's token, or nothing"),
+    "RETENTION_DAYS": (r"[1-9]\d{0,3}", "a number of days from 1 to 9999"),
+    **{f"{name}_PORT": PORT for name in WATCHING},
+    **{f"{name}_IMAGE": IMAGE for name in ("BASE", "SERVER", "POSTGRESQL", "MARIADB", "S3", "PROXY", *WATCHING)},
 }
-PASSWORDS = ("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY")
+PASSWORDS = ("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY", "GRAFANA_PASSWORD")
+NOT_SHOWN = ("ALERT_WEBHOOK_URL", "SERVING_TOKEN")
 SERVER_KEYS = ("S3_ACCESS_KEY", "S3_SECRET_KEY")
 ADMIN_KEYS = ("S3_ADMIN_ACCESS_KEY", "S3_ADMIN_SECRET_KEY")
 SECRETS = (*PASSWORDS, *SERVER_KEYS, *ADMIN_KEYS)
@@ -100,7 +108,10 @@ def check(settings: Mapping[str, str], names: tuple[str, ...]) -> None:
         if name in RULES:
             rule, allowed = RULES[name]
             if not re.fullmatch(rule, value):
-                raise Refused(f"{name} is '{value}'; it has to be {allowed}")
+                shown = "cannot be that" if name in NOT_SHOWN else f"is '{value}'"
+                raise Refused(f"{name} {shown}; it has to be {allowed}")
+        elif not value and name == "GRAFANA_PASSWORD" and settings.get("MONITORING") != "grafana":
+            continue  # a file from before there was a Grafana
         elif not value and not (external and name in ADMIN_KEYS):
             hint = "the keys of the store that S3_ENDPOINT_URL names" if external and "S3" in name else "a random value"
             raise Refused(f"{name} is empty; give it {hint}")

@@ -28,7 +28,12 @@ PROGRAMS = {
     "mariadb": f"{SHELL} {MARIADB} basename hostname",
     "s3": f"{SHELL} curl weed",
     "proxy": "sh cat caddy",
+    "prometheus": "sh chmod chown cp mkdir wget prometheus",
+    "alertmanager": "sh chmod chown ln mkdir wget prometheus-alertmanager",
+    "pushgateway": "sh chmod chown mkdir wget prometheus-pushgateway",
+    "node-exporter": "sh wget prometheus-node-exporter",
 }
+CANNOT_BE_MADE = {"grafana"}  # no package of Debian's
 FOLDERS = {
     "postgresql": [
         "/usr/lib/postgresql/15/lib",
@@ -37,6 +42,7 @@ FOLDERS = {
         "/usr/share/zoneinfo",
     ],
     "mariadb": ["/usr/share/mysql"],
+    "alertmanager": ["/usr/share/prometheus/alertmanager"],
 }
 LEFT_OUT = {"llvmjit.so"}  # and with it 100 MB of a compiler
 LINKS = {name: f"usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}

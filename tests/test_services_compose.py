@@ -24,7 +24,8 @@ from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ports import free_port
-from service_images import find, make_stand_in
+from service import PredictionService
+from service_images import CANNOT_BE_MADE, find, make_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ROOT / "services"
@@ -111,7 +112,7 @@ def images(engine: Any, base_image: str) -> None:
 
         missing("there is no docker-compose")
     for name, service in yaml.safe_load((SERVICES / "compose.yaml").read_text())["services"].items():
-        if name != "server":
+        if name not in ("server", *CANNOT_BE_MADE):
             (image,) = re.findall(r"^\$\{\w+:-(.+)\}$", service["image"])
             make_stand_in(engine, name, image)
 
@@ -239,7 +240,7 @@ def test_the_server_has_its_part_of_the_bucket_and_nothing_else(stack: Stack) ->
 
 def test_no_secret_shows(stack: Stack) -> None:
     secrets = [value for name, value in stack.values.items() if name.endswith(("_PASSWORD", "_KEY"))]
-    assert len(secrets) == 7
+    assert len(secrets) == 8
     image = stack.given["SERVER_IMAGE"]
     history = subprocess.run(["docker", "history", "--no-trunc", image], capture_output=True, text=True, check=True)
     shown = {
@@ -295,6 +296,50 @@ def test_tls(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     stack.up()
     assert "proxy" not in stack.containers()
+
+
+def test_prometheus_watches_a_service_with_a_token(stack: Stack, served_model: Path, tmp_path: Path) -> None:
+    """All that watches listens on loopback, and ends when it is no longer asked for."""
+    names = ("PROMETHEUS", "ALERTMANAGER", "PUSHGATEWAY", "NODE_EXPORTER")
+    ports = {f"{name}_PORT": str(free_port()) for name in names}
+    token = "a-token-of-the-tests"
+    service = PredictionService(served_model, tmp_path, SERVING_TOKEN=token)
+    config = stack.folder / "prometheus" / "prometheus.yml"
+    config.write_text(config.read_text().replace("15s", "1s"))  # a shorter wait
+    try:
+        service.wait()
+        targets = {"SERVING_TARGETS": f"127.0.0.1:{service.port}", "SERVING_TOKEN": token}
+        stack.up(MONITORING="prometheus", **ports, **targets)
+        watching = {"prometheus", "alertmanager", "pushgateway", "node-exporter"}
+        containers = stack.containers()
+        assert containers.keys() == {"postgresql", "s3", "server", *watching}
+        for name in watching:
+            host = containers[name]["HostConfig"]
+            assert containers[name]["State"]["Health"]["Status"] == "healthy"
+            assert (host["ReadonlyRootfs"], host["CapDrop"], host["Memory"] > 0) == (True, ["ALL"], True)
+            status = Path(f"/proc/{containers[name]['State']['Pid']}/status").read_text()
+            assert re.search(r"^Uid:\s+65534\b", status, re.MULTILINE)
+        listening = subprocess.run([find("ss"), "-Hltn"], capture_output=True, text=True, check=True).stdout
+        assert {line.split()[3] for line in listening.splitlines()} >= {f"127.0.0.1:{port}" for port in ports.values()}
+        assert not re.search(rf"(\*|0\.0\.0\.0|\[::\]):({'|'.join(ports.values())})\s", listening)
+
+        prometheus = f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}"
+        assert f"Prometheus is up: {prometheus}" in stack.said
+        jobs = {"serving", "pushgateway", "node", "alertmanager", "prometheus"}
+        deadline = time.monotonic() + RESTART_S
+        while {one["metric"]["job"] for one in ask_prometheus(prometheus, "up == 1")} != jobs:
+            assert time.monotonic() < deadline, ask_prometheus(prometheus, "up")
+            time.sleep(0.5)
+        shown = requests.get(f"{prometheus}/api/v1/status/config").text + stack.run("logs", "--no-color").stdout
+        assert token not in shown
+    finally:
+        service.kill()
+    stack.up()
+    assert stack.containers().keys() == {"postgresql", "s3", "server"}
+
+
+def ask_prometheus(address: str, query: str) -> list[dict[str, Any]]:
+    return list(requests.get(f"{address}/api/v1/query", {"query": query}).json()["data"]["result"])
 
 
 def test_mariadb_with_clients_that_reach_s3(

@@ -13,7 +13,7 @@ import pytest
 
 SERVICES = Path(__file__).resolve().parent.parent / "services"
 SECRETS = {
-    *("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY"),
+    *("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY", "GRAFANA_PASSWORD"),
     *("S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_ADMIN_ACCESS_KEY", "S3_ADMIN_SECRET_KEY"),
 }
 LOAD = "import settings; settings.run(lambda: print(*sorted(settings.load().items()), sep='\\n'))"
@@ -124,6 +124,11 @@ def test_keys_of_a_store_of_yours_are_not_invented(place: Place) -> None:
         ("S3_BUCKET", "My_Bucket", "S3_BUCKET is 'My_Bucket'"),
         ("S3_PREFIX", "/artifacts/", "S3_PREFIX is '/artifacts/'"),
         ("CORS_ALLOWED_ORIGINS", "dashboard.example.org", "http(s)://HOST[:PORT]"),
+        ("MONITORING", "on", "MONITORING is 'on'; it has to be off, prometheus, or grafana"),
+        ("GRAFANA_PASSWORD", "admin", "too easy to guess"),
+        ("SERVING_TARGETS", "http://127.0.0.1:8080", "HOST:PORT, or several with commas between them"),
+        ("ALERT_WEBHOOK_URL", "hooks.example.org/secret", "ALERT_WEBHOOK_URL cannot be that; it has to be http(s)://"),
+        ("RETENTION_DAYS", "0", "RETENTION_DAYS is '0'"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_line(place: Place, name: str, value: str, reason: str) -> None:
@@ -132,8 +137,18 @@ def test_a_value_that_cannot_work_is_one_line(place: Place, name: str, value: st
     done = place.load()
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert reason in done.stderr
-    if name in SECRETS and value:
+    if (name in SECRETS or name == "ALERT_WEBHOOK_URL") and value:
         assert value not in done.stderr
+
+
+def test_a_file_from_before_there_was_a_grafana_is_taken(place: Place) -> None:
+    place.load()
+    lines = place.file.read_text().splitlines(keepends=True)
+    place.file.write_text("".join(line for line in lines if not line.startswith("GRAFANA_PASSWORD=")))
+    assert place.load().returncode == 0
+    refused = place.load(MONITORING="grafana")
+    assert refused.returncode == 2
+    assert "GRAFANA_PASSWORD is empty; give it a random value" in refused.stderr
 
 
 def test_a_mistyped_name_is_told_with_the_nearest(place: Place) -> None:
