@@ -150,10 +150,9 @@ def read_labels(path: Path, classes: Sequence[str], *, new_classes: bool = False
                 strange += 1
     if problems:
         more = f" and {len(problems) - NAMED_IN_ERRORS} more" if len(problems) > NAMED_IN_ERRORS else ""
-        allowed = (
-            f"; classes: {', '.join(classes)}; new_classes=true allows others" if "no class" in str(problems) else ""
-        )
-        raise MonitoringError(f"{path}: {'; '.join(problems[:NAMED_IN_ERRORS])}{more}{allowed}; nothing was written")
+        if strange:
+            more += f"; the classes are {', '.join(classes)}, and new_classes=true allows others"
+        raise MonitoringError(f"{path}: {'; '.join(problems[:NAMED_IN_ERRORS])}{more}; nothing was written")
     if not found:
         raise MonitoringError(f"{path} has no row with a label; fill in the column `label`")
     return found, empty
@@ -183,9 +182,8 @@ def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise MonitoringError(
-            f"labels '{path}' cannot be read: {error.strerror}; give the table that was filled in"
-        ) from None
+        reason = error.strerror or error
+        raise MonitoringError(f"labels '{path}' cannot be read: {reason}; give the filled table") from None
     try:
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
