@@ -142,9 +142,7 @@ def _check_class(image: NewImage) -> None:
         or any(char in "/\\" or not char.isprintable() for char in name)
         or len(os.fsencode(name)) > NAME_BYTES
     ):
-        raise DataError(
-            f"{image.name!r} got the label {name!r}, which cannot be the name of a class folder; choose another"
-        )
+        raise DataError(f"{image.name!r} got the label {name!r}, which cannot name a class folder; choose another")
 
 
 def _add(partial: Path, above: str, image: NewImage, content: bytes, suffix: str) -> str:
