@@ -94,8 +94,8 @@ class PredictionService(Client):
 
     script = ROOT / "serve.py"
 
-    def __init__(self, model_uri: str | Path, folder: Path, *flags: str, **environment: str) -> None:
-        self.port = free_port()
+    def __init__(self, model_uri: str | Path, folder: Path, *flags: str, port: int = 0, **environment: str) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"serve-{self.port}.log"
         command = [sys.executable, str(self.script), f"--model_uri={model_uri}", f"--port={self.port}", *flags]
