@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from serving.model import ServedModel
     from serving.prediction_log import Place
 
-ROOM_FILE = "kept-bytes"
-
 UNREGISTERED_NAME, ONLY_VERSION = "classifier", "1"
 """What a model that is in no registry is called."""
 
@@ -71,13 +69,13 @@ def main(settings: Settings) -> None:
         os.environ.setdefault(name, value)
     source = Source(settings.model_uri, logged=bool(settings.log))
     with TemporaryDirectory() as folder:
-        begin_log(settings, Path(folder))
+        begin_log(settings)
         version = source.latest()
         fetched = source.fetch(version, Path(folder))
         source.ready(version, fetched)  # a model that does not load is told here, in one line
         print(f"serving {source.name}, version {version}, on http://{settings.host}:{settings.port}", flush=True)
         serve(
-            partial(application, settings, version, fetched, Path(folder)),
+            partial(application, settings, version, fetched),
             host=settings.host,
             port=settings.port,
             workers=settings.workers,
@@ -85,7 +83,7 @@ def main(settings: Settings) -> None:
         )
 
 
-def application(settings: Settings, version: str, fetched: Fetched, folder: Path) -> Router:
+def application(settings: Settings, version: str, fetched: Fetched) -> Router:
     """The ASGI application of one worker, which starts with the model that is fetched already."""
     import os
 
@@ -105,31 +103,33 @@ def application(settings: Settings, version: str, fetched: Fetched, folder: Path
         rules=Rules(settings.keep_images, settings.keep_share, settings.keep_below),
     )
     model = source.ready(version, fetched)
-    return app.application(model, decode_image, options, source if source.alias else None, log_place(settings, folder))
+    return app.application(model, decode_image, options, source if source.alias else None, log_place(settings))
 
 
-def begin_log(settings: Settings, folder: Path) -> None:
-    """See that the log can be written, and how much room its images leave; `folder` is the workers' common one."""
+def begin_log(settings: Settings) -> None:
+    """See that the log can be written, and how much room its images leave."""
     if settings.log:
-        from data_loader.store import new_store
+        from data_loader.store import check_store, store_to_write
+        from serving.prediction_log import IMAGES
         from serving.room import Room
 
-        taken_bytes = new_store(settings.log).size("images") if settings.keep_images else 0
-        Room(folder / ROOM_FILE, settings.keep_mb * 2**20).begin(taken_bytes)
+        store = store_to_write(settings.log)
+        check_store(store, settings.log)
+        Room(store.spool, settings.keep_mb * 2**20).begin(store.size(IMAGES) if settings.keep_images else 0)
 
 
-def log_place(settings: Settings, folder: Path) -> Place | None:
+def log_place(settings: Settings) -> Place | None:
     """Where the log lies and how images are described and written there; None without a log."""
     if not settings.log:
         return None
     from data_loader.images import encode_png
     from data_loader.statistics import STATISTICS, image_statistics
-    from data_loader.store import open_store
+    from data_loader.store import store_to_write
     from serving.prediction_log import Place
     from serving.room import Room
 
-    store = open_store(settings.log)
-    room = Room(folder / ROOM_FILE, settings.keep_mb * 2**20)
+    store = store_to_write(settings.log)
+    room = Room(store.spool, settings.keep_mb * 2**20)
     return Place(store.spool, store.put, image_statistics, STATISTICS, encode_png, room.take)
 
 

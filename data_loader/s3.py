@@ -103,15 +103,15 @@ def endpoint() -> str | None:
     return next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
 
 
-def make_client() -> Any:
+def make_client(read_timeout_s: float = READ_TIMEOUT_S, attempts: int = ATTEMPTS) -> Any:
     """A boto3 client that gives up after seconds. It may be used from several threads."""
     import boto3
     from botocore.config import Config
 
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"max_attempts": ATTEMPTS, "mode": "standard"},
+        read_timeout=read_timeout_s,
+        retries={"max_attempts": attempts, "mode": "standard"},
         max_pool_connections=CONNECTIONS,
         # A server of one's own rarely has a DNS name for each bucket.
         s3={"addressing_style": "path" if endpoint() else "auto"},

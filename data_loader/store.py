@@ -35,27 +35,6 @@ class Store(Protocol):
         """A folder of this machine's for files on their way there, the same one each time; a move from it is cheap."""
 
 
-def new_store(address: str) -> Store:
-    """The same as open_store, made where there is no such folder yet. DataError where nothing can be written."""
-    if not address.startswith("s3://"):
-        try:
-            Path(address).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"folder '{address}' cannot be made: {error.strerror}; give one that can") from None
-    store = open_store(address)
-    try:
-        store.spool.mkdir(parents=True, exist_ok=True)
-        empty = store.spool / f"{WRITABLE}.{os.getpid()}.tmp"
-        empty.touch()
-        store.put(empty, WRITABLE)
-        empty.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"nothing can be written to '{store.spool}': {error.strerror}; give a folder where this user may write"
-        ) from None
-    return store
-
-
 def open_store(address: str) -> Store:
     """The files at a folder or s3://bucket/prefix. DataError where there is no such folder."""
     if address.startswith("s3://"):
@@ -63,6 +42,26 @@ def open_store(address: str) -> Store:
     if not Path(address).is_dir():
         raise DataError(f"'{address}' is no folder; give an existing folder or s3://bucket/prefix")
     return FolderStore(Path(address))
+
+
+def store_to_write(address: str) -> Store:
+    """The same for one who writes, without a look at what is there, and with no patience: he tries again himself."""
+    return S3Store(address.rstrip("/"), patient=False) if address.startswith("s3://") else FolderStore(Path(address))
+
+
+def check_store(store: Store, address: str) -> None:
+    """Write a file without content there; a folder is made where there is none. DataError where that does not go."""
+    empty = store.spool / f"{WRITABLE}.{os.getpid()}"
+    try:
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
+        store.put(empty, WRITABLE)
+        empty.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"nothing can be written to '{address}' ({error.filename}: {error.strerror}); "
+            "give a folder where this user may write, or s3://bucket/prefix"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,8 @@ class S3Store:
     """Objects below a prefix; credentials and endpoint as for data sets (data_loader.s3)."""
 
     address: str
+    patient: bool = True
+    """Whether to wait long for an answer and ask again."""
     _client: Any = field(init=False)
     _bucket: str = field(init=False)
     _prefix: str = field(init=False)
@@ -111,7 +112,7 @@ class S3Store:
         from data_loader import s3
 
         bucket, prefix = s3.split_uri(self.address)
-        object.__setattr__(self, "_client", s3.make_client())
+        object.__setattr__(self, "_client", s3.make_client() if self.patient else s3.make_client(10, 1))
         object.__setattr__(self, "_bucket", bucket)
         object.__setattr__(self, "_prefix", f"{prefix}/" if prefix else "")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 class Room:
     """A number of bytes in a file, and the most that it may become."""
 
-    def __init__(self, path: Path, most_bytes: int) -> None:
-        self._path, self._most_bytes = path, most_bytes
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._path, self._most_bytes = folder / ".kept-bytes", most_bytes
 
     def begin(self, taken_bytes: int) -> None:
         """Make the file: so many bytes are there already."""
@@ -18,11 +18,12 @@ class Room:
 
     def take(self, size: int) -> bool:
         """Whether there is room for `size` bytes more; then they count."""
-        with self._path.open("r+") as file:
+        with self._path.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            taken_bytes = int(file.read()) + size
+            file.seek(0)
+            taken_bytes = int(file.read() or 0) + size
             if taken_bytes > self._most_bytes:
                 return False
-            file.seek(0)
+            file.truncate(0)  # what is written next to a file opened for "a" comes to its end
             file.write(str(taken_bytes))
         return True

@@ -30,6 +30,9 @@ MOST_BYTES = 2**30
 
 TEMPORARY = ".tmp"
 
+SLASH = "+"
+"""Stands for the / of a name, so that no folders are left behind."""
+
 
 class Spool:
     """A folder of files that a thread brings to their place, under the same names."""
@@ -47,19 +50,21 @@ class Spool:
         """Bytes of each file that waits, by name, in the order of coming."""
         self._bytes = 0
         self._lock = threading.Lock()
+        self._error: Exception | None = None
+        """The first failure since the last attempt began."""
         self._pool = ThreadPoolExecutor(AT_ONCE, "put")
         self._bring_thread = threading.Thread(target=self._bring, name="log-store", daemon=True)
-        for path in sorted(folder.rglob("*")):  # of a service that ended before the store came back
-            if path.is_file() and path.suffix != TEMPORARY:
-                self._note(path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in sorted(folder.iterdir()):  # of a service that ended before the store came back
+            if path.suffix != TEMPORARY and not path.name.startswith("."):
+                self._note(path.name.replace(SLASH, "/"), path.stat().st_size)
         self._bring_thread.start()
 
     def write(self, name: str, write: Callable[[Path], None]) -> int:
         """The bytes of a new file, which `write` made; OSError where it could not."""
-        path = self.folder / name
+        path = self._path(name)
         temporary = path.with_name(f"{path.name}{TEMPORARY}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write(temporary)
             size = temporary.stat().st_size
             temporary.replace(path)
@@ -85,6 +90,9 @@ class Spool:
                 len(self._sizes),
                 self.folder.resolve(),
             )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name.replace("/", SLASH)
 
     def _note(self, name: str, size: int) -> None:
         with self._lock:
@@ -119,28 +127,29 @@ class Spool:
 
     def _bring_all(self, tables_first: bool) -> Exception | None:
         """Bring what waits, a few files at a time, up to the first failure, which is returned."""
-        while self._sizes:
+        self._error = None
+        while self._sizes and self._error is None:
             with self._lock:
                 names = list(self._sizes)
             if tables_first:
                 names.sort(key=lambda name: not name.endswith(".parquet"))
-            chunk = names[: 8 * AT_ONCE]
-            for name, error in zip(chunk, self._pool.map(self._bring_one, chunk), strict=True):
-                if error:
-                    return error
-                with self._lock:
-                    self._bytes -= self._sizes.pop(name)
-        return None
+            list(self._pool.map(self._bring_one, names[: 8 * AT_ONCE]))
+        return self._error
 
-    def _bring_one(self, name: str) -> Exception | None:
-        path = self.folder / name
+    def _bring_one(self, name: str) -> None:
+        if self._error is not None:  # of a file before: it may have waited long for the store
+            return
+        path = self._path(name)
         try:
             if path.exists():  # or another worker that found it has brought it
                 self._put(path, name)
                 path.unlink(missing_ok=True)
         except Exception as error:  # of the store, of S3, of the disk
-            return None if isinstance(error, FileNotFoundError) and not path.exists() else error
-        return None
+            if not isinstance(error, FileNotFoundError) or path.exists():
+                self._error = error
+                return
+        with self._lock:
+            self._bytes -= self._sizes.pop(name)
 
 
 def _one_line(error: Exception) -> str:
