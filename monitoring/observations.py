@@ -106,17 +106,20 @@ def from_table(table: Any, classes: tuple[str, ...], where: str) -> Observations
 
 
 def matrix(column: Any, where: str) -> np.ndarray:
-    """float32 [N, length of every list] of a column of lists."""
+    """float32 [N, length of every list] of a column of lists; a row without a list is all NaN."""
     import pyarrow
 
     if isinstance(column, pyarrow.ChunkedArray):
         column = column.combine_chunks()
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    if column.null_count or len(set(lengths.tolist())) > 1:
-        found = sorted({int(length) for length in lengths[~np.isnan(lengths)]})
-        raise MonitoringError(f"{where} has rows of different length: {', '.join(map(str, found))} numbers")
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return values.reshape(len(column), -1) if len(column) else np.empty((0, 0), np.float32)
+    there_N = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = sorted(set(column.value_lengths().drop_null().to_pylist()))
+    if len(lengths) > 1:
+        raise MonitoringError(
+            f"{where} has rows of {', '.join(map(str, lengths[:5]))} numbers; rows of several models? give the version"
+        )
+    values_NE = np.full((len(column), lengths[0] if lengths else 0), np.nan, np.float32)
+    values_NE[there_N] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, max(1, values_NE.shape[1]))
+    return values_NE
 
 
 def _same_list(received: Any, expected: Any) -> bool:

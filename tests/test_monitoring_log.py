@@ -79,9 +79,9 @@ def test_a_log_without_rows_in_the_window_gives_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"embedding": [1.0]}, "embedding has rows of different length: 1, 3 numbers"),
+        ({"embedding": [1.0]}, "embedding has rows of 1, 3 numbers; rows of several models[?] give the version"),
         ({"class": "c"}, "holds the class 'c', which is none of a, b"),
-        ({"probabilities": [0.2, 0.3, 0.5]}, "probabilities has rows of different length: 2, 3"),
+        ({"probabilities": [0.2, 0.3, 0.5]}, "probabilities has rows of 2, 3 numbers"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
@@ -89,6 +89,17 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]
     write_log(tmp_path, [*rows[:2], rows[2] | change])
     with pytest.raises(MonitoringError, match=told):
         window(tmp_path)
+
+
+def test_missing_numbers_are_nan_and_not_an_end(tmp_path: Path) -> None:
+    rows = some_rows(3)
+    rows[1] |= {"embedding": None, "brightness": None, "probabilities": None}
+    write_log(tmp_path, rows)
+    found = window(tmp_path)
+    assert np.isnan(found.embeddings_NE).tolist() == [[row == 1] * 3 for row in range(3)]
+    assert np.isnan(found.probabilities_NK).any(axis=1).tolist() == [False, True, False]
+    assert np.isnan(found.statistics_NS).sum() == 1
+    np.testing.assert_allclose(found.embeddings_NE[2], rows[2]["embedding"], rtol=1e-6)
 
 
 def test_files_that_are_no_log_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
