@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving import RequestError
-from serving.batching import Batcher
+from serving.batching import SHORT_S, Batcher
 from serving.model import ServedModel
 
 SHAPE = (1, 1, 1)
@@ -153,8 +154,38 @@ def test_nobody_predicts_for_a_caller_that_left() -> None:
         gate.open.set()
         await first
         await logits(batcher, gate.model, image(3))
+        while batcher.images:  # the call that was left is put away by the thread
+            await asyncio.sleep(0.001)
         assert gate.batches == [1, 1]
-        assert batcher.images == 0
+
+    run(use)
+
+
+def test_what_is_quick_is_predicted_in_the_loop_all_of_a_turn_together_and_what_is_not_in_threads() -> None:
+    places: list[tuple[int, int]] = []
+
+    def model(name: str, image_s: float) -> ServedModel:
+        def logits(images_NHWC: np.ndarray) -> np.ndarray:
+            places.append((threading.get_ident(), len(images_NHWC)))
+            time.sleep(image_s * len(images_NHWC))
+            return images_NHWC.reshape(-1, 1).astype(np.float32)
+
+        return ServedModel(name, "1", ("a",), SHAPE, logits)
+
+    quick, slow, here = model("quick", 0), model("slow", SHORT_S), threading.get_ident()
+
+    async def use(batcher: Batcher) -> None:
+        while True:  # a thread that had to wait for a core makes the model seem slow, for a while
+            places.clear()
+            answers = await asyncio.gather(*[logits(batcher, quick, image(n, n)) for n in range(7)])
+            assert [answer.ravel().tolist() for answer in answers] == [[n, n] for n in range(7)]
+            assert sum(images for _, images in places) == 14
+            if (here, 8) in places:  # as many as max_batch allows; the others of the turn went to a thread
+                break
+        places.clear()
+        for _ in range(3):
+            await asyncio.gather(*[logits(batcher, slow, image(n)) for n in range(3)])
+        assert here not in {thread for thread, _ in places}
 
     run(use)
 
