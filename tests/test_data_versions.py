@@ -279,7 +279,7 @@ def test_the_walk_through_two_versions(
     """docs/data-versions.md, block by block, in a copy of the project with a git history of its own."""
     project, bucket = tmp_path / "image-classifier", s3.new_bucket()
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("data_loader", "models", "utils"):
+    for name in ("data_loader", "models", "monitoring", "utils"):
         shutil.copytree(ROOT / name, project / name, ignore=ignore)
     for name in ("MLproject", "conda.yaml", ".gitignore", *(path.name for path in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, project / name)
