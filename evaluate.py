@@ -141,19 +141,10 @@ def compare(
     from models import scores
 
     result = scores.compare(logits_NK, baseline_NK, labels_N)
-    print(
-        f"against {baseline_uri}: accuracy {result.accuracy_difference:+.4f}; only this model right on "
-        f"{result.only_first} images, only the baseline on {result.only_second}; McNemar p = {result.p_value:.3g}"
-    )
+    print(result.sentence(baseline_uri))
     baseline = {f"baseline/{name}": value for name, value in scores.summary(baseline_NK, labels_N).items()}
-    comparison = {
-        "accuracy_difference": result.accuracy_difference,
-        "only_this_right": result.only_first,
-        "only_baseline_right": result.only_second,
-        "mcnemar_p": result.p_value,
-    }
-    run.metrics(baseline | {f"comparison/{name}": value for name, value in comparison.items()})
-    run.json(comparison | {"baseline_uri": baseline_uri}, "tables/comparison.json")
+    run.metrics(baseline | {f"comparison/{name}": value for name, value in result.metrics().items()})
+    run.json(result.metrics() | {"baseline_uri": baseline_uri}, "tables/comparison.json")
     return baseline
 
 

@@ -166,6 +166,22 @@ class Comparison:
     p_value: float
     """Exact two-sided McNemar test: the chance of a split at least this uneven if both were equally good."""
 
+    def metrics(self) -> dict[str, float]:
+        """Its numbers by name, the second model being the baseline."""
+        return {
+            "accuracy_difference": self.accuracy_difference,
+            "only_this_right": self.only_first,
+            "only_baseline_right": self.only_second,
+            "mcnemar_p": self.p_value,
+        }
+
+    def sentence(self, baseline: str) -> str:
+        """Its numbers in a line."""
+        return (
+            f"against {baseline}: accuracy {self.accuracy_difference:+.4f}; only this model right on {self.only_first} "
+            f"images, only the baseline on {self.only_second}; McNemar p = {self.p_value:.3g}"
+        )
+
 
 def compare(first_NK: np.ndarray, second_NK: np.ndarray, labels_N: np.ndarray) -> Comparison:
     """Which of two models gets more of the same images right, and whether that may be chance."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 ABOUT = f"""Image classifier.
 
 - `{CHALLENGER}`: the version that was registered last
-- `{CHAMPION}`: the version to use; `evaluate -P promote=true` moves it, and the version's tags say which run did"""
+- `{CHAMPION}`: the version to use; `evaluate -P promote=true` and `retrain` move it, which the version's tags tell"""
 
 
 def register(client: Any, name: str, *, run_id: str, model_uri: str, description: str, tags: Mapping[str, str]) -> str:
@@ -75,6 +76,31 @@ def candidate(model_uri: str) -> Candidate:
             version = client.get_model_version(number[0], number[2])
         aliases = client.get_registered_model(version.name).aliases
     return Candidate(version.name, str(version.version), str(aliases.get(CHAMPION, "")))
+
+
+def age_days(version: Candidate) -> float:
+    """Days since a version was registered."""
+    with mlflow_errors(version.uri):
+        import mlflow
+
+        registered_ms = mlflow.MlflowClient().get_model_version(version.name, version.version).creation_timestamp
+    return float(time.time() - registered_ms / 1000) / 86_400
+
+
+def challenger(champion: Candidate, trained_by: str, tags: Mapping[str, str]) -> Candidate:
+    """The version that a training registered, to be compared with `champion`; both it and the run get tags."""
+    with mlflow_errors(f"runs:/{trained_by}"):
+        import mlflow
+
+        client = mlflow.MlflowClient()
+        found = client.search_model_versions(f"run_id = '{trained_by}'")
+        version = next((str(each.version) for each in found if each.name == champion.name), "")
+        if not version:
+            raise RunFailed(f"run {trained_by} registered no version of {champion.name}")
+        for key, value in tags.items():
+            client.set_tag(trained_by, key, value)
+            client.set_model_version_tag(champion.name, version, key, value)
+    return Candidate(champion.name, version, champion.champion)
 
 
 def promote(candidate: Candidate, run_id: str, evidence: Mapping[str, float]) -> None:
