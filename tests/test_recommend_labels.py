@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -228,16 +230,26 @@ def test_a_bad_table_leaves_nothing(project: Path, capsys: pytest.CaptureFixture
     assert load("v2", data_dir=Path("data")).classes == (*"0123456789", "seven")
 
 
+def walk(project: Path) -> list[dict[str, str]]:
+    """The parameters of the first five commands of docs/labelling.md, with their files in the folder `project`."""
+    text = (ROOT / "docs" / "labelling.md").read_text()
+    commands = [
+        shlex.split(line) for line in re.findall(r"^mlflow run --env-manager local \. (.*)$", text, re.MULTILINE)
+    ]
+    given = [dict(word.split("=", 1) for word in words if "=" in word) for words in commands[:5]]
+    files = {"served", "to-label", "to-label/labels.csv", "digits-v2"}
+    return [{name: str(project / text) if text in files else text for name, text in each.items()} for each in given]
+
+
 @pytest.mark.slow
-def test_from_the_service_to_a_model_that_knows_more(project: Path, tmp_path: Path) -> None:
-    """Train, serve with a log, recommend, fill in, new version, train: as commands, on digits and inverted digits."""
-    train.main(train.Settings(dataset="digits", epochs=4, device="cpu", register_as="digits"))
+def test_from_the_service_to_a_model_that_knows_more(project: Path) -> None:
+    """The walk of docs/labelling.md on digits, half of those that are sent inverted."""
+    first, served, chosen, added, second = walk(project)
+    train.main(train.Settings(**first, epochs=4, device="cpu"))
     digits = load_digits()
     images_NHW = (digits.images * 15.9).astype(np.uint8)
     seen_NHW, truth = np.concatenate([images_NHW[:100], 255 - images_NHW[100:200]]), digits.target[:200]
-    service = PredictionService(
-        "models:/digits@challenger", project, f"--log={project}/served", "--keep_share=1", "--poll_s=60"
-    )
+    service = PredictionService(served["model_uri"], project, f"--log={served['log']}", "--keep_share=1")
     try:
         service.wait()
         for image_HW in seen_NHW:
@@ -247,28 +259,32 @@ def test_from_the_service_to_a_model_that_knows_more(project: Path, tmp_path: Pa
     finally:
         service.kill()
 
-    def mlflow_run(**parameters: object) -> str:
+    def mlflow_run(parameters: dict[str, str]) -> str:
         command = [sys.executable, "-m", "mlflow", "run", "--env-manager", "local", str(ROOT), "-e", "recommend_labels"]
-        for name, value in parameters.items():
+        for name, value in {**parameters, "data_dir": project / "data"}.items():
             command += ["-P", f"{name}={value}"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=project, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    data_dir, to_label, version = project / "data", project / "to label", project / "digits-v2"
-    said = mlflow_run(log=project / "served", model_uri="models:/digits@challenger", count=40, output=to_label)
+    said = mlflow_run(chosen)
     assert "40 images to label, " in said and "holds 200 predictions of that time, 200 with an image" in said
-    rows = table(to_label)
+    rows = table(project / "to-label")
     kinds = {row["why"].split()[0] for row in rows}
     assert kinds == {"uncertain:", "far"}, "the inverted ones are far from the reference that training left"
     number_of = {image_HW.tobytes(): number for number, image_HW in enumerate(seen_NHW)}
-    numbers = [number_of[np.asarray(Image.open(to_label / row["file"])).tobytes()] for row in rows]
+    numbers = [number_of[np.asarray(Image.open(project / "to-label" / row["file"])).tobytes()] for row in rows]
     assert len(set(numbers)) == 40
     assert sum(number >= 100 for number in numbers) > 20, "more of what is new than of what is known"
-    labels = fill(to_label, [str(truth[number]) for number in numbers])
-    said = mlflow_run(labels=labels, dataset="digits", output=version, data_dir=data_dir)
+    fill(project / "to-label", [str(truth[number]) for number in numbers])
+    said = mlflow_run(added)
     digest = re.search(r"data digest (\w{64})", said)
     assert digest and "40 images more" in said
-    train.main(train.Settings(dataset=str(version), epochs=4, device="cpu"))
+    train.main(train.Settings(**second, epochs=4, device="cpu"))
     assert newest_run().data.params["data_digest"] == digest[1]
-    assert set(load(str(version), data_dir=data_dir).classes) == set("0123456789")
+    labels_of = {image_HW.tobytes(): label for image_HW, label in zip(seen_NHW, truth.tolist(), strict=True)}
+    version = load(second["dataset"], data_dir=project / "data")
+    new = [row for row, image_HWC in enumerate(version.images_NHWC) if image_HWC.tobytes() in labels_of]
+    assert len(new) >= 40
+    assert all(version.labels_N[row] == labels_of[version.images_NHWC[row].tobytes()] for row in new)
