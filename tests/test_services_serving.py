@@ -52,7 +52,7 @@ def secret() -> Object:
     (command,) = re.findall(r"^kubectl create secret .*?[^\\]$", section, re.MULTILINE | re.DOTALL)
     given = {name: f"value-of-{name}" for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
     command = command.replace("kubectl", find("kubectl"), 1) + " --dry-run=client --output=yaml"
-    environment = {"PATH": "/usr/bin:/bin", "SERVING_TOKEN": TOKEN, **given}
+    environment = {"PATH": "/usr/bin:/bin", "SERVING_TOKEN": TOKEN, **given, "AWS_PROFILE": "not-for-the-cluster"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(yaml.safe_load(done.stdout))
@@ -115,7 +115,9 @@ def test_references_resolve(rendered: list[Object], secret: Object, pod: Object,
     # In the Secret is what the documented command puts in, no more and no less; none is among the objects themselves.
     keys = list(values_of(container["env"], "secretKeyRef"))
     assert {one["name"] for one in keys} == {secret["metadata"]["name"]}
-    assert {one["key"] for one in keys} == secret["data"].keys()
+    needed = {one["key"] for one in keys if not one.get("optional")}
+    assert needed == secret["data"].keys()
+    assert {one["key"] for one in keys} - needed == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert [one["name"] for one in container["env"]] == [one["key"] for one in keys]
     assert base64.b64decode(secret["data"]["SERVING_TOKEN"]).decode() == TOKEN
     assert secret["metadata"]["namespace"] == settings["metadata"]["namespace"]
@@ -214,7 +216,7 @@ def test_serve_takes_the_arguments_and_ends_within_the_grace_period(
 ) -> None:
     settings = settings_of(rendered, container)
     assert settings.model_uri == "models:/image-classifier@champion"
-    assert settings.host == "0.0.0.0"
+    assert (settings.host, settings.log) == ("0.0.0.0", "")
     assert [port["containerPort"] for port in container["ports"]] == [settings.port]
     program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
     assert program == "sleep"
@@ -248,10 +250,15 @@ def in_the_pod(
     rendered: list[Object], container: Object, image_files: Path, served_model: Path, tmp_path_factory: Any
 ) -> Iterator[PredictionService]:
     """The service as the container starts it, but for model, address and port."""
-    assert re.search(r'^ENTRYPOINT \["python", "serve.py"\]$', (MANIFESTS / "Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = (MANIFESTS / "Dockerfile").read_text()
+    assert re.search(r"^WORKDIR /opt/service$", dockerfile, re.MULTILINE)
+    assert 'ENTRYPOINT ["python", "/opt/service/serve.py"]' in dockerfile
+    # Where it works, it may write: the prediction log's files wait below.
+    assert container["workingDir"] in [mount["mountPath"] for mount in container["volumeMounts"]]
     ImageService.script = image_files / "serve.py"
-    flags = [one for one in container["args"] if not one.startswith(("--model_uri=", "--host=", "--port="))]
-    service = ImageService(served_model, tmp_path_factory.mktemp("pod"), *flags, SERVING_TOKEN=TOKEN)
+    given = ("--model_uri=", "--host=", "--port=", "--log=")
+    flags = [one for one in container["args"] if not one.startswith(given)]
+    service = ImageService(served_model, tmp_path_factory.mktemp("pod"), *flags, "--log=log", SERVING_TOKEN=TOKEN)
     service.wait()
     yield service
     service.kill()
