@@ -132,7 +132,7 @@ class PredictionLog:
         self._added_bytes = self._taken_bytes = self._added_rows = self._taken_rows = 0
         self._unwritten: list[tuple[str, Any, str]] = []
         """Tables for which there was no room on the disk: folder, table, day."""
-        self._full_told = self._lost_told = False
+        self._full_told = self._lost_told = self._disk_failed = False
         self._thread = threading.Thread(target=self._work, name="prediction-log", daemon=True)
         self._thread.start()
 
@@ -299,6 +299,9 @@ class PredictionLog:
                 self._drop(lost, len(table), "this machine's disk takes nothing")
             return
         self._metrics.log_rows.labels(folder).inc(len(table))
+        if self._disk_failed:
+            log.info("prediction log: this machine's disk takes files again")
+        self._disk_failed = False
 
     def _write_unwritten(self) -> None:
         again, self._unwritten = self._unwritten, []
@@ -307,7 +310,9 @@ class PredictionLog:
 
     def _failed(self, error: OSError) -> None:
         self._metrics.log_failures.inc()
-        log.warning("prediction log: cannot write to %s: %s", self._spool.folder, error.strerror or error)
+        if not self._disk_failed:
+            log.warning("prediction log: cannot write to %s: %s", self._spool.folder, error.strerror or error)
+        self._disk_failed = True
 
     def _drop(self, folder: str, rows: int, reason: str) -> None:
         self._metrics.log_dropped.labels(folder).inc(rows)
