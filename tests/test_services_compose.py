@@ -367,6 +367,22 @@ def test_mariadb_with_clients_that_reach_s3(
         stack.remove()
 
 
+def test_the_prediction_services_image_is_made_as_the_manual_says(base_image: str) -> None:
+    """On the base image in place of the environment image, which is why the program can only say what it takes."""
+    section = (ROOT / "docs/operations.md").read_text().split("## The prediction service on Kubernetes")[1]
+    (command,) = re.findall(r"^docker build (--file .*) \.$", section, re.MULTILINE)
+    image = "image-classifier-serving-test"
+    words = re.sub(r"(?<=BASE=)\S+", base_image, re.sub(r"(?<=--tag )\S+", image, command)).split()
+    subprocess.run(["docker", "build", *words, "."], cwd=ROOT, check=True, capture_output=True)
+    run = ["docker", "run", "--rm", "--read-only", "--network=none", "--user=1000"]
+    done = subprocess.run([*run, "--workdir=/tmp", image, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model_uri" in done.stdout
+    listed = subprocess.run([*run, "--entrypoint=ls", image, "-A"], capture_output=True, text=True, check=True)
+    there = set(listed.stdout.split()) - {"__pycache__"}
+    assert there == {"serve.py", "data_loader", "models", "monitoring", "serving", "utils"}
+
+
 def test_lost_settings_are_not_replaced(stack: Stack) -> None:
     """New passwords would not open the data."""
     (stack.folder / ".env").rename(stack.folder / "kept")
