@@ -44,6 +44,8 @@ def main(settings: Settings) -> None:
         raise UsageError("give log= to choose images to label, or labels= and dataset= to make a new version of them")
     if settings.labels and not settings.dataset:
         raise UsageError("labels= needs dataset=, the data set to extend")
+    if settings.output.startswith("s3://"):
+        raise UsageError(f"output '{settings.output}' is no folder of this machine; give one")
     if Path(settings.output).exists():
         raise UsageError(f"output '{settings.output}' exists; give a new folder")
     with start_run(settings, "recommend_labels", about=("labels", settings.log or settings.dataset)) as run:
@@ -83,7 +85,7 @@ def choose(settings: Settings, run: Run) -> None:
         threshold=threshold,
         identity=kept.identity,
     )
-    found = f"{settings.log} holds {len(window)} predictions of that time, {len(seen)} with an image"
+    found = f"{settings.log} kept {len(window)} images of that time, {len(seen)} are still there"
     if left_out := kept.left_out():
         found += f" ({left_out})"
     if not choices:
@@ -95,7 +97,7 @@ def choose(settings: Settings, run: Run) -> None:
     for path in sorted(output.rglob("*.*")):
         run.artifact(path, str(Path("labels") / path.relative_to(output).parent))
     far = sum(choice.why == FAR for choice in choices)
-    run.metrics({"window_images": len(window), "kept_images": len(seen), "chosen": len(rows), "chosen_far": far})
+    run.metrics({"kept_images": len(window), "present_images": len(seen), "chosen": len(rows), "chosen_far": far})
     told = f"{len(rows)} images to label, {far} of them far from the reference; {found}"
     run.describe(told)
     print(f"{told}\nfill in the column 'label' of {output / TABLE}")
@@ -125,7 +127,7 @@ def reference(settings: Settings) -> Distances | None:
 
 
 def read_log(settings: Settings, store: Store) -> Window:
-    """The rows of the hours asked for; of a registered model only those of its present version."""
+    """The rows with an image of the hours asked for; of a registered model only those of its present version."""
     from datetime import UTC, datetime, timedelta
 
     from monitoring.prediction_log import read_window
@@ -134,9 +136,9 @@ def read_log(settings: Settings, store: Store) -> Window:
     until = datetime.now(UTC) + timedelta(hours=1)  # the service's clock may be ahead of ours
     since = until - timedelta(hours=settings.hours + 1) if settings.hours else datetime(1970, 1, 2, tzinfo=UTC)
     if not settings.model_uri.startswith("models:/"):
-        return read_window(store, since, until)
+        return read_window(store, since, until, with_image=True)
     served = registry.candidate(settings.model_uri)
-    return read_window(store, since, until, model=served.name, version=served.version)
+    return read_window(store, since, until, model=served.name, version=served.version, with_image=True)
 
 
 def add_labels(settings: Settings, run: Run) -> None:

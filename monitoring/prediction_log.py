@@ -60,8 +60,10 @@ class Feedback:
     """Whether the prediction was right."""
 
 
-def read_window(store: Store, since: datetime, until: datetime, *, model: str = "", version: str = "") -> Window:
-    """The rows with since <= time < until of one model and version, "" being any.
+def read_window(
+    store: Store, since: datetime, until: datetime, *, model: str = "", version: str = "", with_image: bool = False
+) -> Window:
+    """The rows with since <= time < until of one model and version, "" being any; or those whose image was kept.
 
     Refuses rows of several class lists or lengths of embeddings: they cannot be compared. A window without rows has
     length 0 and, where no file told them, no classes.
@@ -75,6 +77,8 @@ def read_window(store: Store, since: datetime, until: datetime, *, model: str = 
         for column, value in (("model", model), ("version", version)):
             if value:
                 wanted = pyarrow.compute.and_(wanted, pyarrow.compute.equal(table[column], value))
+        if with_image:
+            wanted = pyarrow.compute.and_(wanted, pyarrow.compute.not_equal(table["image"], ""))
         rows = table.filter(wanted)
         if len(rows):
             classes_of[class_names(table.schema, f"log file {name}")] = name

@@ -67,6 +67,16 @@ def test_models_and_versions_are_told_apart(tmp_path: Path) -> None:
     assert len(window(tmp_path, model="digits", version="3")) == 0
 
 
+def test_rows_with_an_image_can_be_had_alone(tmp_path: Path) -> None:
+    rows = some_rows(5)
+    for number in (1, 4):
+        rows[number] |= {"image": f"images/day=2026-03-14/{number}.png", "kept": "sampled"}
+    write_log(tmp_path, rows)
+    found = read_window(open_store(str(tmp_path)), NOON, NOON + HOUR, with_image=True)
+    assert found.ids == (rows[1]["id"], rows[4]["id"])
+    assert found.images == (rows[1]["image"], rows[4]["image"])
+
+
 def test_a_log_without_rows_in_the_window_gives_none(tmp_path: Path) -> None:
     write_log(tmp_path, some_rows(3))
     for empty in (window(tmp_path, NOON - HOUR, NOON), window(tmp_path, model="gone")):

@@ -101,7 +101,7 @@ def newest_run() -> mlflow.entities.Run:
 def test_the_folder_for_the_labeller(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "to label", log=str(a_log(project / "log")), count=7)
     assert "7 images to label, 0 of them far from the reference; " in said
-    assert "holds 60 predictions of that time, 30 with an image" in said
+    assert "kept 30 images of that time, 30 are still there" in said
     assert "fill in the column 'label' of to label/labels.csv" in said
     rows = table(project / "to label")
     assert len(rows) == 7 and {row["label"] for row in rows} == {""}
@@ -121,7 +121,7 @@ def test_the_folder_for_the_labeller(project: Path, capsys: pytest.CaptureFixtur
         "labels/labels.csv",
         *(f"labels/images/{number:04}.png" for number in range(1, 8)),
     }
-    assert found.data.metrics == {"window_images": 60, "kept_images": 30, "chosen": 7, "chosen_far": 0}
+    assert found.data.metrics == {"kept_images": 30, "present_images": 30, "chosen": 7, "chosen_far": 0}
     assert found.data.tags["entry_point"] == "recommend_labels"
 
 
@@ -141,16 +141,16 @@ def test_images_that_went_or_broke_are_passed_over(project: Path, capsys: pytest
     gone, broken, *others = sorted(log.rglob("*.png"))
     gone.unlink()
     broken.write_bytes(b"no image")
-    assert "9 with an image (1 unreadable)" in run(capsys, "to-label", log=str(log))
+    assert "kept 10 images of that time, 9 are still there (1 unreadable)" in run(capsys, "to-label", log=str(log))
     assert {row["id"] for row in table(project / "to-label")} == {path.stem for path in others}
 
 
 def test_the_hours_bound_the_window(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = a_log(a_log(project / "log", age_hours=30), count=10, age_hours=1)
-    assert "holds 10 predictions" in run(capsys, "a", log=str(log), hours=24.0)
-    assert "holds 70 predictions" in run(capsys, "b", log=str(log), hours=31.0)
-    assert "holds 70 predictions" in run(capsys, "c", log=str(log), hours=0.0)
-    with pytest.raises(UsageError, match=r"nothing to label: .* holds 0 predictions of that time, 0 with an"):
+    assert "kept 5 images" in run(capsys, "a", log=str(log), hours=24.0)
+    assert "kept 35 images" in run(capsys, "b", log=str(log), hours=31.0)
+    assert "kept 35 images" in run(capsys, "c", log=str(log), hours=0.0)
+    with pytest.raises(UsageError, match=r"nothing to label: .* kept 0 images of that time, 0 are"):
         run(capsys, "d", log=str(log), hours=0.5)
     assert not (project / "d").exists()
 
@@ -163,7 +163,7 @@ def test_what_the_data_set_holds_is_left_out(project: Path, capsys: pytest.Captu
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(pixels(number if number < 20 else 1000 + number)[:, :, 0]))
     said = run(capsys, "to-label", log=str(log), dataset=str(folder), count=100)
-    assert "20 with an image (10 in the data set already)" in said
+    assert "20 are still there (10 in the data set already)" in said
     assert len(table(project / "to-label")) == 10
     version = project / "v2"
     said = run(capsys, version, labels=str(fill(project / "to-label", ["=Birnen"] * 4)), dataset=str(folder))
@@ -202,6 +202,7 @@ def test_the_version_trains_and_old_images_keep_their_splits(project: Path, caps
         ({"labels": "x.csv", "dataset": "digits"}, r"labels 'x.csv' cannot be read: No such file or directory"),
         ({"labels": "x.csv", "dataset": "nowhere"}, "dataset='nowhere' does not exist; allowed: digits"),
         ({"log": "nowhere"}, "'nowhere' is no folder; give an existing folder or s3://"),
+        ({"log": "log", "output": "s3://bucket/x"}, "output 's3://bucket/x' is no folder of this machine"),
         ({"log": "log", "output": "log"}, "output 'log' exists; give a new folder"),
         ({"log": "log", "output": "a file/x"}, "output 'a file/x' cannot be written: Not a directory"),
         ({"log": "log", "model_uri": "models:/none@champion"}, "'models:/none@champion' does not exist"),
@@ -269,7 +270,7 @@ def test_from_the_service_to_a_model_that_knows_more(project: Path) -> None:
         return done.stdout
 
     said = mlflow_run(chosen)
-    assert "40 images to label, " in said and "holds 200 predictions of that time, 200 with an image" in said
+    assert "40 images to label, " in said and "kept 200 images of that time, 200 are still there" in said
     rows = table(project / "to-label")
     kinds = {row["why"].split()[0] for row in rows}
     assert kinds == {"uncertain:", "far"}, "the inverted ones are far from the reference that training left"
