@@ -98,6 +98,7 @@ class Spool:
         with self._lock:
             self._sizes[name] = size
             self._bytes += size
+        self._waiting(len(self._sizes))
         self._new.put(name)
 
     def _bring(self) -> None:
