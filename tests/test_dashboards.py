@@ -34,10 +34,12 @@ from service import CLASSES, SHAPE, PredictionService, png
 from services_stack import Part, program
 
 from data_loader.statistics import image_statistics
+from data_loader.store import open_store
 from models.networks import build
 from models.onnx_export import to_onnx
 from models.onnx_model import OnnxClassifier
 from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, make_reference, write_reference
+from serving.spool import MOST_BYTES, SLASH
 from utils.artifacts import log_onnx_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +57,7 @@ WINDOWS = {"5m": "6s", "15m": "8s", "1h": "10s", "1d": "60s"}
 PAUSE, SHORT = "500ms", "1s"
 """Between two looks of Prometheus, and for what else is a time: `for`, and the waits of Alertmanager."""
 NAME = "digits"
+SLOW_SHAPE = (448, 448, 3)
 
 
 def shortened(text: str) -> str:
@@ -270,8 +273,8 @@ def write_sure_model(path: Path) -> Path:
 
 def write_slow_model(path: Path) -> Path:
     """A network that takes long for an image."""
-    shape = (96, 96, 3)
-    to_onnx(build("resnet18", shape, len(CLASSES), [120.0] * 3, [70.0] * 3), shape, CLASSES, path)
+    network = build("resnet18", SLOW_SHAPE, len(CLASSES), [120.0] * 3, [70.0] * 3)
+    to_onnx(network, SLOW_SHAPE, CLASSES, path)
     return path
 
 
@@ -353,6 +356,7 @@ class Watched:
         self.sure_NHWC, self.unsure_NHWC = sure_and_unsure(self.model)
         register(self.model, project, self.sure_NHWC)
         self.token = "a-token-of-the-tests"
+        self.told, self.worth = {True: 0, False: 0}, 0.0
         self.service = self.serve(
             f"models:/{NAME}@champion", "--poll_s=0.5", f"--log={project / 'log'}", SERVING_TOKEN=self.token
         )
@@ -406,6 +410,8 @@ class Watched:
         labels = [CLASSES[(int(one.rpartition("-")[2]) + wrong) % len(CLASSES)] for one in answer["ids"]]
         told = [{"id": one, "label": label, "value": value} for one, label in zip(answer["ids"], labels, strict=True)]
         assert self.ask(self.service, "/feedback", told)[0] == 200
+        self.told[not wrong] += len(told)
+        self.worth += value * len(told)
         tensor = {"name": "images", "shape": [1, *SHAPE], "datatype": "UINT8", "data": images_NHWC[0].ravel().tolist()}
         assert self.ask(self.service, f"/v2/models/{NAME}/infer", {"inputs": [tensor]})[0] == 200
         headers = {"Authorization": f"Bearer {self.token}"}
@@ -431,9 +437,14 @@ class Watched:
         assert self.service.ask("POST", "/predict", b"no image", **headers)[0] == 400
 
     def overload(self, turn: int) -> None:
-        """Eight images that take long; a client that is refused waits before it asks again, and asks again."""
-        images = np.full((8, 96, 96, 3), turn % 256, np.uint8).tolist()
-        status, _ = self.ask(self.second, "/invocations", {"inputs": images})
+        """Eight images that take long; a client that is refused waits before it asks again."""
+        images_NHWC = np.full((8, *SLOW_SHAPE), turn % 256, np.uint8)
+        parameters = {"binary_data_size": images_NHWC.nbytes}
+        tensor = {"name": "images", "shape": images_NHWC.shape, "datatype": "UINT8", "parameters": parameters}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        headers = {"Authorization": f"Bearer {self.token}", "Inference_Header_Content_Length": str(len(head))}
+        body = head + images_NHWC.tobytes()
+        status, _, _ = self.second.ask("POST", "/v2/models/classifier/infer", body, **headers)
         assert status in (200, 503)
         time.sleep(0.2 if status == 503 else 0)
 
@@ -506,6 +517,11 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
         watched.second.kill()
         fires("ServiceDown")
         until(lambda: any(one["labels"]["alertname"] == "ServiceDown" for one in watched.receiver.told), lambda: "told")
+        # Nobody asks just now, so Prometheus has what was sent, to the last one.
+        for correct, count in watched.told.items():
+            assert watched.value(f'sum(serving_feedback_total{{correct="{correct}"}})'.lower()) == count
+        value = 'sum(serving_feedback_value_total{sign="gain"}) - sum(serving_feedback_value_total{sign="loss"})'
+        assert watched.value(value) == pytest.approx(watched.worth)
         break_log(project / "second-log")
         watched.second = watched.serve(
             watched.slow_model,
@@ -515,8 +531,9 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
             SERVING_TOKEN=watched.token,
         )
         watched.second.wait()
-        with Load(watched.overload, threads=4), Load(watched.sure, pause_s=0.5):
+        with Load(watched.overload, threads=3) as load, Load(watched.sure, pause_s=0.5):
             fires("ServiceErrors", "ServiceSlow", "QueueNearlyFull", "LogUnsent", "LogRowsDropped")
+        assert load.failures == []
         watched.gateway.kill()
         fires("TargetDown")
 
@@ -530,12 +547,13 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
 
 
 def break_log(folder: Path) -> None:
-    """A log as after hours in which its place could not be written to: a gibibyte waits, and it still cannot be."""
+    """A log as after hours in which its place could not be written to: as much waits as may, and it still cannot be."""
     for path in (folder / "predictions", folder / "images"):
         if path.exists():
             path.rename(path.with_name(f"{path.name}-of-before"))
         path.write_text("where a folder was")
-    waiting = folder / ".unsent" / "predictions" / "day=2026-01-01" / "000000-00000000-000001.parquet"
-    waiting.parent.mkdir(parents=True, exist_ok=True)
+    name = "predictions/day=2026-01-01/000000-00000000-000001.parquet"
+    waiting = open_store(str(folder)).spool / name.replace("/", SLASH)
+    waiting.parent.mkdir(exist_ok=True)
     with waiting.open("wb") as file:
-        file.truncate(2**30)
+        file.truncate(MOST_BYTES)
