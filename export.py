@@ -30,6 +30,7 @@ class Settings:
     data_dir: str = setting("data", "folder for downloads and decoded images")
     on_error: str = setting("fail", "what a bad image file does", choices=("fail", "skip"))
     output: str = setting("", "new folder to write the files to as well; empty: only to the run")
+    report: bool = setting(False, "log FLOPs, bytes and time of each layer, and a roofline picture")
 
 
 def main(settings: Settings) -> None:
@@ -62,6 +63,8 @@ def main(settings: Settings) -> None:
             write_files(network, spec, data, folder)
             check_against_torch(run, network, data, folder)
             compare_costs(run, data, folder)
+            if settings.report:
+                report_layers(run, data, folder)
             publish(run, folder, settings.output)
 
 
@@ -116,6 +119,20 @@ def compare_costs(run: Run, data: Dataset, folder: Path) -> None:
     print(report, end="")
     (folder / "report.md").write_text(report, "utf-8")
     run.describe(f"Exported; the forms agree with torch on all {len(data.rows['test'])} test images.\n\n{report}")
+
+
+def report_layers(run: Run, data: Dataset, folder: Path) -> None:
+    """What each layer computes, moves and takes, under the roof of this machine: tables and a picture."""
+    from models.layer_times import study
+    from models.pictures import roofline
+
+    found = study(folder / FLOAT, data.images_NHWC[data.rows["test"]])
+    columns = {key: [row[key] for row in found.table] for key in found.table[0]}
+    run.table(found.table, "tables/layers.csv")
+    run.later(lambda client: client.log_table(run.id, columns, "tables/layers.json"), {"table": "tables/layers.csv"})
+    run.metrics({f"roofline/{key}": value for key, value in found.facts.items()})
+    run.picture(roofline(found.table, found.roof.flops_per_s, found.roof.bytes_per_s), "pictures/roofline.png")
+    print(found.sentence)
 
 
 def publish(run: Run, folder: Path, output: str) -> None:

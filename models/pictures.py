@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -100,6 +101,46 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(names) > 1:
             axes.legend(frameon=False)
+        _plain_frame(axes)
+    return figure
+
+
+def roofline(table: Sequence[Mapping[str, Any]], flops_per_s: float, bytes_per_s: float) -> Figure:
+    """Left: each layer under the roof of the machine. Right: the time of every layer, coloured by what binds it.
+
+    `table` has the rows of `models.layer_times.table`. A layer without arithmetic has no place on the left; one above
+    the slope of the memory found its data in the caches.
+    """
+    figure = Figure(figsize=(13, max(4.6, 1.2 + 0.24 * len(table))), layout="compressed")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = [ORANGE if row["bound_by"] == "memory" else BLUE for row in table]
+    ridge = flops_per_s / bytes_per_s
+    shown = [row["flops_per_byte"] for row in table if row["flops"] and row["microseconds"]]
+    ends = np.array([min([0.05, *shown]) / 2, ridge, max([ridge, *shown]) * 2])
+    left.plot(ends, np.minimum(ends * bytes_per_s, flops_per_s) / 1e9, color=INK, linewidth=1.5)
+    left.axvline(ridge, color=GREY, linestyle="--")
+    for number, (row, colour) in enumerate(zip(table, colours, strict=True), 1):
+        if row["flops"] and row["microseconds"]:
+            left.plot(row["flops_per_byte"], row["gflops_per_s"], "o", color=colour, markersize=6)
+            place = (row["flops_per_byte"], row["gflops_per_s"])
+            left.annotate(f" {number}", place, fontsize=8, color=INK)
+    left.set(xscale="log", yscale="log", xlabel="FLOP for each byte moved", ylabel="GFLOP/s")
+    left.set_title(
+        f"roof: {flops_per_s / 1e9:.0f} GFLOP/s, {bytes_per_s / 1e9:.0f} GB/s; left of {ridge:.1f} FLOP/byte memory "
+        "binds",
+        color=INK,
+        fontsize=10,
+    )
+    places = np.arange(len(table))
+    right.barh(places, [row["microseconds"] for row in table], color=colours)
+    names = [f"{number} {_plain_text(row['operations'])}" for number, row in enumerate(table, 1)]
+    right.set_yticks(places, names, fontsize=8, parse_math=False)
+    right.invert_yaxis()
+    right.set_xlabel("microseconds for a batch")
+    bound = [sum(row["microseconds"] for row in table if row["bound_by"] == by) for by in ("memory", "arithmetic")]
+    share = bound[0] / max(sum(bound), 1e-9)
+    right.set_title(f"orange: bound by memory, {share:.0%} of the time", color=INK, fontsize=10)
+    for axes in (left, right):
         _plain_frame(axes)
     return figure
 

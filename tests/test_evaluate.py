@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -286,6 +287,24 @@ def test_export_writes_forms_that_agree_with_torch(trained: str, tmp_path: Path)
     ]
     with pytest.raises(UsageError, match="exists; give a new folder"):
         export.main(export.Settings(model_uri="models:/digits/1", output=str(output)))
+
+
+def test_the_report_lists_the_layers_of_the_exported_file(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    export.main(export.Settings(model_uri="models:/digits/1", report=True))
+    run = last_run("export")
+    assert "pictures/roofline.png" in artifacts(run, "pictures")
+    rows = list(csv.DictReader(io.StringIO(text(run, "tables/layers.csv"))))
+    logged = mlflow.load_table("tables/layers.json", run_ids=[run.info.run_id])
+    assert logged["flops"].tolist() == [int(row["flops"]) for row in rows]
+    # The last layer, by hand: a batch of 16 times a matrix, with its bias; read and written once, in float32.
+    graph = onnx.load(model_file(trained)).graph
+    ((classes, side),) = [tuple(weight.dims) for weight in graph.initializer if weight.name == graph.node[-1].input[1]]
+    assert (int(rows[-1]["flops"]), rows[-1]["operations"]) == (2 * 16 * side * classes, "Gemm")
+    assert int(rows[-1]["bytes"]) == 4 * (16 * side + side * classes + classes + 16 * classes)
+    ridge = run.data.metrics["roofline/ridge_flops_per_byte"]
+    for row in rows:
+        assert row["bound_by"] == ("memory" if int(row["flops"]) / int(row["bytes"]) < ridge else "arithmetic")
+    assert f"of {len(rows)} layers" in capsys.readouterr().out
 
 
 def test_export_needs_the_run_that_trained_the_model(trained: str) -> None:
