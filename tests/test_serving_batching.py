@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ class Gate:
         if opened:
             self.open.set()
         self.model = ServedModel("gate", "1", ("a",), SHAPE, self.logits)
+        self.detailed = replace(self.model, outputs=self.outputs)
+
+    def outputs(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings are the pixels twice, with a minus."""
+        logits_NK = self.logits(images_NHWC)
+        return logits_NK, -logits_NK.repeat(2, axis=1)
 
     def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
         self.batches.append(len(images_NHWC))
@@ -212,8 +219,9 @@ def test_everyone_gets_their_own_answer(requests: list[list[int]], max_batch: in
     gate = Gate(opened=True)
 
     async def use(batcher: Batcher) -> None:
-        answers = await asyncio.gather(*[logits(batcher, gate.model, image(*pixels)) for pixels in requests])
-        assert [answer.ravel().tolist() for answer in answers] == requests
+        answers = await asyncio.gather(*[batcher.predict(gate.detailed, image(*pixels)) for pixels in requests])
+        assert [logits_NK.ravel().tolist() for logits_NK, _ in answers] == requests
+        assert [(-embeddings_NE[:, 1]).tolist() for _, embeddings_NE in answers] == requests
         assert sum(gate.batches) == sum(map(len, requests))
         assert all(size <= max(max_batch, 5) for size in gate.batches)
 

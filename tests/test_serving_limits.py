@@ -15,22 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from service import SHAPE, PredictionService, png, some_images
 from starlette.routing import Router
 
+import serve
 from data_loader.images import decode_image
+from serve import log_place
 from serving.app import Options, application
 from serving.http import Limits
 from serving.inference_protocol import parse as parse_inference
 from serving.model import ServedModel
+from serving.prediction_log import Place
 from serving.scoring_protocol import parse as parse_scoring
 from serving.tensors import images_of_lists, images_of_text
 
 INFER = "/v2/models/classifier/infer"
-PATHS = ["/", "/predict", "/invocations", INFER, "/metrics", "/v2", "/nothing", "/v2/models/classifier"]
+PATHS = ["/", "/predict", "/invocations", INFER, "/feedback", "/metrics", "/v2", "/nothing", "/v2/models/classifier"]
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -42,8 +46,12 @@ def model(logits: Callable[[np.ndarray], np.ndarray] = zero_logits) -> ServedMod
     return ServedModel("classifier", "1", ("a", "b"), SHAPE, logits)
 
 
-def app(limits: Limits | None = None, logits: Callable[[np.ndarray], np.ndarray] = zero_logits) -> Router:
-    return application(model(logits), decode_image, Options(max_queue=2, limits=limits or Limits()))
+def app(
+    limits: Limits | None = None,
+    logits: Callable[[np.ndarray], np.ndarray] = zero_logits,
+    place: Place | None = None,
+) -> Router:
+    return application(model(logits), decode_image, Options(max_queue=2, limits=limits or Limits()), place=place)
 
 
 async def ask(
@@ -185,7 +193,17 @@ messages = st.fixed_dictionaries(
         "parameters": json_values,
     },
 )
-bodies = st.binary(max_size=400) | (messages | json_values).map(lambda value: json.dumps(value).encode())
+truths = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.builds("{0.hex}-{1}".format, st.uuids(version=4), st.integers(0, 3)) | json_values,
+        "label": st.sampled_from("abc") | json_values,
+        "value": st.floats() | st.integers() | json_values,
+    },
+)
+TRUTH = json.dumps({"id": f"{'0' * 12}4{'0' * 3}8{'0' * 15}-0", "label": "b", "value": -2}).encode()
+told = truths | st.lists(truths, max_size=3)
+bodies = st.binary(max_size=400) | (messages | told | json_values).map(lambda value: json.dumps(value).encode())
 texts = st.text(st.characters(max_codepoint=255), max_size=30)
 content_types = (
     st.sampled_from(["application/json", "image/png", "multipart/form-data; boundary=x", "text/csv"]) | texts
@@ -210,12 +228,43 @@ parts = st.lists(st.sampled_from([*HEADER_PIECES, b"--x", b"--x--", b"\r\n", b"\
 @example("POST", "/predict", b"--x", {"content-type": "multipart/form-data; boundary=x; charset=base64"})
 @example("POST", "/predict", b'--x\r\nContent-Disposition: form-data; name="f"; filename="\xff"\r\n\r\ny\r\n--x--\r\n',
          {"content-type": "multipart/form-data; boundary=x; charset=utf-7"})  # fmt: skip
+@example("POST", "/feedback", TRUTH, {})
+@example("POST", "/feedback", b'{"id": "x", "label": "b", "value": 1' + b"0" * 400 + b"}", {})
 def test_no_request_is_an_internal_error(method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
     status, _, text = answer(APP, method, path, body, headers)
     assert 200 <= status < 500, text
 
 
 APP = app()
+GOOD = [(INFER, inference(2)), ("/predict", png(some_images(1)[0])), ("/feedback", b"[%b, %b]" % (TRUTH, TRUTH))]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.sampled_from(PATHS), bodies) | st.sampled_from(GOOD)))
+def test_whatever_comes_the_log_has_a_row_for_each_prediction_and_each_feedback(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[str, bytes]]
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    logged = app(place=log_place(serve.Settings(model_uri="x", log=str(folder))))
+    expected: dict[str, list[str]] = {"predictions": [], "feedback": []}
+
+    async def main() -> None:
+        async with logged.lifespan_context(logged):
+            for path, body in requests:
+                status, _, text = await ask(logged, "POST", path, body, {"content-type": "application/json"})
+                assert 200 <= status < 500, text
+                if status == 200 and path == "/feedback":
+                    entries = json.loads(body)
+                    expected["feedback"] += [one["id"] for one in (entries if isinstance(entries, list) else [entries])]
+                elif status == 200 and path == INFER:
+                    expected["predictions"] += json.loads(text)["parameters"]["ids"].split(",")
+                elif status == 200 and path == "/predict":
+                    expected["predictions"] += [one["id"] for one in json.loads(text)["predictions"]]
+
+    asyncio.run(main())
+    for table, ids in expected.items():
+        files = [pq.read_table(path) for path in folder.glob(f"{table}/day=*/*")]
+        assert sorted(one for file in files for one in file["id"].to_pylist()) == sorted(ids)
 
 
 @pytest.fixture(autouse=True)
