@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import settings
-from settings import FILE, FOLDER, Refused
+from settings import FILE, FOLDER, TRITON_PORTS, Refused
 from watching import alertmanager_config, prometheus_config
 
 STORAGE = ("postgresql", "mariadb", "s3")
@@ -33,6 +33,7 @@ SERVICES = {  # by profile
     "tls": ("proxy",),
     "monitoring": ("prometheus", "alertmanager", "pushgateway", "node-exporter"),
     "grafana": ("grafana",),
+    "triton": ("triton",),
 }
 PATIENCE_S = 300
 TLS_PATIENCE_S = 30
@@ -61,7 +62,7 @@ class Stack:
         self.run("up", "--detach", "--remove-orphans")
         self._wait(["server"])
         self._remove_unused()
-        self._wait([name for profile in watching(self.values) for name in SERVICES[profile]])
+        self._wait([name for profile in beside(self.values) for name in SERVICES[profile]])
         if self.values["TLS"] != "off":
             self._wait_for_tls()
         print(welcome(self.values))
@@ -95,7 +96,7 @@ class Stack:
     def _failure(self, command: str, said: str) -> Refused:
         if taken := PORT_TAKEN.search(said):
             host, port = taken.groups()
-            ours = [name for name in ("MLFLOW_PORT", "S3_PORT", "TLS_PORT") if self.values[name] == port]
+            ours = [name for name, value in self.values.items() if name.endswith("_PORT") and value == port]
             return Refused(f"port {port} of {host} is taken; end what listens there, or set {ours[0]} in {FILE}", 2)
         print(said, file=sys.stderr)
         return Refused(f"`{command}` of Compose failed; its last words are above", 1)
@@ -155,12 +156,13 @@ class Stack:
 def profiles(values: Mapping[str, str]) -> list[str]:
     """The parts of compose.yaml that the settings ask for, besides the server."""
     own_store, tls = not values["S3_ENDPOINT_URL"], values["TLS"] != "off"
-    return [values["DATABASE"], *(["s3"] if own_store else []), *(["tls"] if tls else []), *watching(values)]
+    return [values["DATABASE"], *(["s3"] if own_store else []), *(["tls"] if tls else []), *beside(values)]
 
 
-def watching(values: Mapping[str, str]) -> list[str]:
-    """The parts of compose.yaml that watch, as far as the settings ask for them."""
-    return {"off": [], "prometheus": ["monitoring"], "grafana": ["monitoring", "grafana"]}[values["MONITORING"]]
+def beside(values: Mapping[str, str]) -> list[str]:
+    """The parts of compose.yaml that are none of the tracking server's, as far as the settings ask for them."""
+    watching = {"off": [], "prometheus": ["monitoring"], "grafana": ["monitoring", "grafana"]}[values["MONITORING"]]
+    return [*watching, *(["triton"] if values["TRITON_MODELS"] else [])]
 
 
 def environment(values: Mapping[str, str]) -> dict[str, str]:
@@ -183,6 +185,10 @@ def environment(values: Mapping[str, str]) -> dict[str, str]:
         if absent := [name for name in ("tls.crt", "tls.key") if not (Path(tls) / name).is_file()]:
             raise Refused(f"TLS names the folder {tls}, which has no {' and no '.join(absent)}")
         more |= {"TLS_FOLDER": tls, "TLS_CERTIFICATE": "/certificate/tls.crt /certificate/tls.key"}
+    if (models := values["TRITON_MODELS"]) and not list(Path(models).glob("*/config.pbtxt")):
+        raise Refused(
+            f"TRITON_MODELS names {models}, where no folder has a config.pbtxt; give the triton/ of an export"
+        )
     return {**values, **more}
 
 
@@ -243,6 +249,9 @@ def welcome(values: Mapping[str, str]) -> str:
         lines.append("  export MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false")
     if values["TLS"] == "internal":
         lines.append(f"  export MLFLOW_TRACKING_SERVER_CERT_PATH='{AUTHORITY}'")
+    if values["TRITON_MODELS"]:
+        http, grpc, _ = (values[name] for name in TRITON_PORTS)
+        lines.append(f"Triton is up: http://127.0.0.1:{http}, and by gRPC 127.0.0.1:{grpc}")
     if values["MONITORING"] != "off":
         lines.append(f"Prometheus is up: http://127.0.0.1:{values['PROMETHEUS_PORT']}")
     if values["MONITORING"] == "grafana":

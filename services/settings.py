@@ -22,6 +22,7 @@ EXAMPLE = FOLDER / ".env.example"
 PORT = (r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]", "a port from 1 to 65535")
 IMAGE = (r"[\w./:@-]*", "an image's name, or nothing for the one in compose.yaml")
 NAMES = (r"[^\s,]+(,[^\s,]+)*|", "names with commas between them, or nothing")
+TRITON_PORTS = ("TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
 WATCHING = ("PROMETHEUS", "ALERTMANAGER", "PUSHGATEWAY", "NODE_EXPORTER", "GRAFANA")
 RULES = {
     "BIND": (r"[\da-fA-F.:]+", "an IP address of this machine, such as 127.0.0.1 or 0.0.0.0"),
@@ -47,8 +48,12 @@ RULES = {
     "ALERT_WEBHOOK_URL": (r"https?://.+|", "http(s)://..., or nothing"),
     "SERVING_TOKEN": (".*", "the prediction service's token, or nothing"),
     "RETENTION_DAYS": (r"[1-9]\d{0,3}", "a number of days from 1 to 9999"),
+    "TRITON_MODELS": ("/.+|", "the path of a model repository, from / on, or nothing"),
+    "TRITON_MEMORY": (r"[1-9]\d*[mg]", "a size such as 4g or 2048m"),
     **{f"{name}_PORT": PORT for name in WATCHING},
+    **dict.fromkeys(TRITON_PORTS, PORT),
     **{f"{name}_IMAGE": IMAGE for name in ("BASE", "SERVER", "POSTGRESQL", "MARIADB", "S3", "PROXY", *WATCHING)},
+    "TRITON_IMAGE": IMAGE,
 }
 PASSWORDS = ("ADMIN_PASSWORD", "DATABASE_PASSWORD", "FLASK_SECRET_KEY", "GRAFANA_PASSWORD")
 NOT_SHOWN = ("ALERT_WEBHOOK_URL", "SERVING_TOKEN")

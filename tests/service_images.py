@@ -33,7 +33,7 @@ PROGRAMS = {
     "pushgateway": "sh chmod chown mkdir wget prometheus-pushgateway",
     "node-exporter": "sh wget prometheus-node-exporter",
 }
-CANNOT_BE_MADE = {"grafana"}  # no package of Debian's
+CANNOT_BE_MADE = {"grafana", "triton"}  # no packages of Debian's
 FOLDERS = {
     "postgresql": [
         "/usr/lib/postgresql/15/lib",
