@@ -31,7 +31,7 @@ class Settings:
     name: str = setting(REQUIRED, "registered model whose champion is looked after")
     rules: str = setting("retraining.toml", "file with the rules")
     log: str = setting("", "prediction log: a folder or s3://bucket/prefix, as serve writes it; empty: none")
-    hours: float = setting(24.0, "how far back to look in the log", minimum=0.01)
+    hours: float = setting(24.0, "length of the log's window, which ends now", minimum=0.001)
     dataset: str = setting("", "data set to train on, such as a version with new labels; empty: the champion's own")
     data_version: str = setting("", "as for training; empty: if dataset is too, the commit that the champion had")
     data_repo: str = setting("", "as for training")
@@ -101,13 +101,13 @@ def main(settings: Settings) -> None:
 
 def look(settings: Settings, champion: Candidate, turns: Turns, folder: Path) -> Present:
     """The champion, the data set to train on, which has the champion's classes, and the champion's rows of the log."""
-    from datetime import UTC, datetime, timedelta
     from pathlib import Path
 
     from data_loader.matching import load_matching
     from data_loader.store import open_store
     from models.onnx_model import OnnxClassifier
     from monitoring.prediction_log import read_feedback, read_window
+    from monitoring.window import span
     from utils.artifacts import data_to_load, fetch_model
 
     model = OnnxClassifier(fetch_model(champion.uri, folder / "champion").path)
@@ -121,9 +121,8 @@ def look(settings: Settings, champion: Candidate, turns: Turns, folder: Path) ->
     )
     if not settings.log:
         return Present(champion, model, turns, data, None, None)
-    store, until = open_store(settings.log), datetime.now(UTC)
-    since = until - timedelta(hours=settings.hours)
-    window = read_window(store, since, until, model=champion.name, version=champion.version)
+    store, when = open_store(settings.log), span(settings.hours)
+    window = read_window(store, when.since, when.until, model=champion.name, version=champion.version)
     return Present(champion, model, turns, data, window, read_feedback(store, window))
 
 

@@ -54,17 +54,25 @@ class Turns:
         return max(taken.items(), default=(0, ""))
 
     @contextmanager
-    def take(self, run_id: str, silence_s: float = SILENCE_S) -> Iterator[None]:
+    def take(self, run_id: str) -> Iterator[None]:
         """It is the turn of `run_id` while in the block; raises Taken where another has it."""
         number, owner = self.last()
-        if owner and (left := self._at_work(owner, silence_s)):
-            raise Taken(left)
-        with suppress(Exception):  # refused: another was first; or no answer to a value that arrived. What counts is:
+        if owner and (seen := self._at_work(owner)):
+            raise Taken(seen)
+        with mlflow_errors(f"runs:/{run_id}"):
+            self._beat(run_id)
+        refused = ""
+        try:
             self._client.log_param(self.trained_by, f"{TURN}{number + 1}", run_id)
-        if self.last() != (number + 1, run_id):
-            raise Taken(f"run {self.last()[1] or 'of another'} was first")
+        except Exception as error:  # another was first, or the answer got lost: what is there now tells
+            refused = str(error).splitlines()[0]
+        now, owner = self.last()
+        if now == number:
+            raise RunFailed(f"run {self.trained_by} does not take the parameter {TURN}{number + 1}: {refused}")
+        if owner != run_id:
+            raise Taken(f"run {owner} was first")
         ended = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(run_id, ended), name="turn", daemon=True)
+        thread = threading.Thread(target=self._beat_on, args=(run_id, ended), name="turn", daemon=True)
         thread.start()
         try:
             yield
@@ -88,14 +96,13 @@ class Turns:
         if owner != run_id:
             raise RunFailed(f"run {owner} took over, because this one gave no sign of life for a while")
 
-    def _at_work(self, run_id: str, silence_s: float) -> str:
-        """What says that a run is at work; "" for one that has ended or is dead."""
+    def _at_work(self, run_id: str) -> str:
+        """That a run is at work, in words; "" for one that has ended or is taken for dead."""
         run = self._run(run_id)
         if run is None or run.info.status != "RUNNING":
             return ""
-        seen_s = max(float(run.data.tags.get(ALIVE, 0)), run.info.start_time / 1000)
-        silent_s = time.time() - seen_s
-        return "" if silent_s > silence_s else f"run {run_id} is at work, seen {max(silent_s, 0):.0f} s ago"
+        silent_s = time.time() - float(run.data.tags.get(ALIVE, 0))
+        return "" if silent_s > SILENCE_S else f"run {run_id} is at work, seen {max(silent_s, 0):.0f} s ago"
 
     def _run(self, run_id: str) -> Any:
         """A run; None for one that was deleted."""
@@ -106,9 +113,10 @@ class Turns:
             return None
         return None if run.info.lifecycle_stage == "deleted" else run
 
-    def _beat(self, run_id: str, ended: threading.Event) -> None:
-        while True:
+    def _beat(self, run_id: str) -> None:
+        self._client.set_tag(run_id, ALIVE, f"{time.time():.0f}")
+
+    def _beat_on(self, run_id: str, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_S):
             with suppress(Exception):  # the next one will arrive, or the turn is lost
-                self._client.set_tag(run_id, ALIVE, f"{time.time():.0f}")
-            if ended.wait(BEAT_S):
-                return
+                self._beat(run_id)
