@@ -45,23 +45,37 @@ FEW = 5.0
 """Expected images of a class below which the chi-squared distribution is not trusted (Cochran 1954)."""
 
 
+MEASURES = {
+    "distribution": "largest distance between the distributions",
+    "classifier": "how much better than by chance a classifier tells window from reference",
+    "classes": "share of images that would have to change their class",
+    "share": "additional share of images",
+    "repeated": "additional share of images",
+}
+"""What the effect of each kind of test is; all lie between 0 and 1, that of the classifier between 0 and 0.5."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One test."""
 
     part: str
     name: str
+    kind: str
+    """A key of LEAST and MEASURES."""
     reference: float
-    """What it is in the reference: a mean, a share, 0.5 for the classifier."""
+    """What it is in the reference: a mean, a share, 0.5 for the classifier, 0 for the classes."""
     window: float
     effect: float
-    """How large the difference is; `measure` says in which unit."""
-    least_effect: float
-    measure: str
     p: float
     """Corrected for the number of tests: to be compared with the false-alarm rate of all together."""
     score: float
     """How far the effect and the evidence are on their way to drift, the lesser of the two; from 1 on it is drift."""
+
+    @property
+    def least_effect(self) -> float:
+        """The least effect that counts."""
+        return LEAST[self.kind]
 
     @property
     def drifted(self) -> bool:
@@ -113,7 +127,7 @@ def compare(reference: Observations, window: Observations, *, false_alarm_rate: 
     LEAST_IMAGES images.
     """
     _check_comparable(reference, window)
-    rows = np.flatnonzero(~_faulty(window))
+    rows = np.flatnonzero(~faulty(window))
     if len(rows) < LEAST_IMAGES:
         raise MonitoringError(
             f"of the window's {len(window)} images {len(rows)} have all their numbers; allowed: at least {LEAST_IMAGES}"
@@ -127,19 +141,10 @@ def compare(reference: Observations, window: Observations, *, false_alarm_rate: 
         _distribution("confidence", "confidence", reference.confidence_N, seen.confidence_N),
         *_quality(reference, seen),
         _more("quality", "repeated", *_repeated(reference, sound), kind="repeated"),
-        _more("quality", "numbers missing or impossible", _faulty(reference), _faulty(window)),
+        _more("quality", "numbers missing or impossible", faulty(reference), faulty(window)),
     ]
     findings = tuple(_judged(test, min(1.0, test.p * len(tests)), false_alarm_rate) for test in tests)
     return Drift(findings, len(window), len(seen), false_alarm_rate)
-
-
-MEASURES = {
-    "distribution": "largest distance between the distributions (0 to 1)",
-    "classifier": "how much better than by chance (0.5) a classifier tells window from reference",
-    "classes": "share of images that would have to change their class",
-    "share": "additional share of images",
-    "repeated": "additional share of images",
-}
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,9 @@ class _Test:
 
 
 def _judged(test: _Test, p: float, false_alarm_rate: float) -> Finding:
-    least = LEAST[test.kind]
     evidence = np.log(p) / np.log(false_alarm_rate) if p > 0 else np.inf
-    score = float(min(test.effect / least, evidence))
-    return Finding(test.part, test.name, test.reference, test.window, test.effect, least, MEASURES[test.kind], p, score)
+    score = float(min(test.effect / LEAST[test.kind], evidence))
+    return Finding(test.part, test.name, test.kind, test.reference, test.window, test.effect, p, score)
 
 
 def _statistics(reference: Observations, window: Observations) -> list[_Test]:
@@ -271,7 +275,7 @@ def _repeated(reference: Observations, window: Observations) -> tuple[np.ndarray
     return found[0], found[1]
 
 
-def _faulty(seen: Observations) -> np.ndarray:
+def faulty(seen: Observations) -> np.ndarray:
     """Rows with a number that is missing, not finite or impossible."""
     lowest, highest = STATISTICS_RANGE
     statistics_NS, shares_NK, confidence_N = seen.statistics_NS, seen.probabilities_NK, seen.confidence_N

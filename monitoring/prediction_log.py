@@ -6,6 +6,7 @@ in a folder or on S3: who reads hands in a `Store`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -99,6 +100,15 @@ def read_window(
         images=tuple(table["image"].to_pylist()),
         kept=tuple(table["kept"].to_pylist()),
     )
+
+
+def contents(store: Store, since: datetime, until: datetime) -> dict[tuple[str, str], int]:
+    """How many rows of each model and version there are with since <= time < until."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for _, table in _tables(store, PREDICTIONS, since, until, _prediction_fields()):
+        rows = table.filter(_in_time(table, since, until))
+        counts.update(zip(rows["model"].to_pylist(), rows["version"].to_pylist(), strict=True))
+    return dict(sorted(counts.items()))
 
 
 def read_feedback(store: Store, window: Window) -> Feedback:

@@ -25,6 +25,7 @@ SCRIPTS = {
     "serve": "serve",
     "client": "client",
     "recommend_labels": "recommend_labels",
+    "monitor": "monitor",
     "retrain": "retrain",
 }
 

@@ -1,0 +1,66 @@
+"""Which rows of the log are compared: a span of time, one model, one version, enough images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from monitoring import MonitoringError
+from monitoring.prediction_log import Store, Window, contents, read_window
+
+TIME = "%Y-%m-%d %H:%M UTC"
+
+
+@dataclass(frozen=True)
+class Span:
+    """From `since` on, up to and without `until`."""
+
+    since: datetime
+    until: datetime
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Both ends, for people."""
+        return self.since.strftime(TIME), self.until.strftime(TIME)
+
+
+def span(hours: float, since: str = "", until: str = "") -> Span:
+    """The `hours` before `until` (ISO 8601, UTC where no zone is given), "" being now; `since` takes their place."""
+    end = _time("until", until) if until else datetime.now(UTC)
+    try:
+        begin = _time("since", since) if since else end - timedelta(hours=hours)
+    except OverflowError:
+        raise MonitoringError(f"hours: received {hours}, which is before the year 1; give less") from None
+    if begin >= end:
+        raise MonitoringError(f"the window ends at {end.isoformat()}, before it begins at {begin.isoformat()}")
+    return Span(begin, end)
+
+
+def choose(store: Store, place: str, span: Span, *, model: str, version: str, least: int) -> Window:
+    """The rows of one model and version, "" being whichever is alone there; refuses fewer than `least` of them.
+
+    `place` is the log's address, for the message.
+    """
+    window = read_window(store, span.since, span.until, model=model, version=version)
+    if len(window) >= least and len(window.models) == len(window.versions) == 1:
+        return window
+    held = [
+        f"{rows:,} of {name} version {number}"
+        for (name, number), rows in contents(store, span.since, span.until).items()
+    ]
+    found = f"{place} from {' to '.join(span.words)} holds {', '.join(held) or 'no predictions'}"
+    if len(window) >= least:
+        raise MonitoringError(f"{found}; give version= or model_uri=models:/NAME/VERSION to look at one of them")
+    wanted = " ".join(filter(None, [model, version and f"version {version}"]))
+    counted = f"; that is {len(window):,} of {wanted}" if wanted and held else ""
+    raise MonitoringError(
+        f"{found}{counted}, allowed: at least min_images={least}; give a longer window (hours=, since=)"
+    )
+
+
+def _time(name: str, text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise MonitoringError(f"{name}: received '{text}', allowed: a time such as 2026-03-14T12:00") from None
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
