@@ -10,7 +10,9 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     options = ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in [*CHROMIUM_FLAGS, "--window-size=900,620", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    for flag in [*CHROMIUM_FLAGS, "--window-size=900,640", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
         options.add_argument(flag)
     browser = Chrome(options, Service(executable_path=driver))
     yield browser
@@ -79,23 +81,41 @@ def drawn(browser: Chrome) -> bytes:
     return base64.b64decode(encoded)
 
 
-def test_a_drawing_is_classified_when_the_pen_is_lifted(page: Chrome, served_model: Path) -> None:
-    field = page.find_element(By.ID, "field")
-    pen = ActionChains(page, duration=20).move_to_element_with_offset(field, -40, -80).click_and_hold()
-    for right, down in ((60, 0), (20, 60), (-80, 100)):
-        pen = pen.move_by_offset(right, down)
+def draw(browser: Chrome, *points: tuple[int, int]) -> None:
+    """One stroke of the pen; points from the middle of the field, to the right and down."""
+    (x, y), field = points[0], browser.find_element(By.ID, "field")
+    pen = ActionChains(browser, duration=20).move_to_element_with_offset(field, x, y).click_and_hold()
+    for (right, down), (x, y) in pairwise(points):
+        pen = pen.move_by_offset(x - right, y - down)
     pen.release().perform()
+
+
+def test_a_drawing_is_classified_when_the_pen_is_lifted(page: Chrome, served_model: Path) -> None:
+    draw(page, (-40, -80), (20, -80), (40, -20), (-40, 80))
     received = bars(page)
     pixels_HWC = np.asarray(Image.open(io.BytesIO(drawn(page))).convert("L"))
     assert 0.02 < (pixels_HWC == 255).mean() < 0.5
     check(received, served_model, drawn(page))
     assert "Model classifier, version 1." in page.find_element(By.TAG_NAME, "body").text
-    if os.environ.get("UPDATE_SCREENSHOTS") == "1":
-        picture = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
-        picture.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs/images/prediction-page.png", optimize=True)
     page.find_element(By.ID, "clear").click()
     assert not page.find_elements(By.CSS_SELECTOR, "#classes .row")
     assert not np.asarray(Image.open(io.BytesIO(drawn(page))).convert("L")).any()
+
+
+def test_a_digit_drawn_by_hand_is_read(
+    browser: Chrome, project: Path, start: Callable[..., Any], start_service: Callable[..., PredictionService]
+) -> None:
+    training = start("train.py", "--register_as=digits", cwd=project)
+    assert training.wait(300) == 0, training.communicate()
+    browser.get(start_service("models:/digits@challenger").url)
+    draw(browser, (20, 90), (20, -90), (-70, 30), (70, 30))
+    received = bars(browser)
+    assert received[0][0] == "4"
+    assert received[0][1] > 0.5
+    assert "Model digits, version 1." in browser.find_element(By.TAG_NAME, "body").text
+    if os.environ.get("UPDATE_SCREENSHOTS") == "1":
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+        picture.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs/images/prediction-page.png", optimize=True)
 
 
 DROP = """
