@@ -109,13 +109,16 @@ def application(settings: Settings, version: str, fetched: Fetched) -> Router:
 def begin_log(settings: Settings) -> None:
     """See that the log can be written, and how much room its images leave."""
     if settings.log:
+        from functools import partial
+
         from data_loader.store import check_store, store_to_write
         from serving.prediction_log import IMAGES
         from serving.room import Room
 
         store = store_to_write(settings.log)
         check_store(store, settings.log)
-        Room(store.spool, settings.keep_mb * 2**20).begin(store.size(IMAGES) if settings.keep_images else 0)
+        if settings.keep_images:
+            Room(store.spool, settings.keep_mb * 2**20).watch(partial(store.size, IMAGES))
 
 
 def log_place(settings: Settings) -> Place | None:

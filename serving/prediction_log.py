@@ -270,7 +270,7 @@ class PredictionLog:
             return False
         if not self._place.room(len(data)):
             if not self._full_told:
-                log.warning("prediction log: keep_mb is used up; no further image is kept")
+                log.warning("prediction log: keep_mb is used up; no image is kept until there is room again")
             self._full_told = True
             return False
         try:
@@ -278,6 +278,7 @@ class PredictionLog:
         except OSError as error:
             self._failed(error)
             return False
+        self._full_told = False
         self._metrics.kept_bytes.inc(len(data))
         return True
 

@@ -98,7 +98,7 @@ def open_log(
     store = FolderStore(folder)
     store.spool.mkdir(parents=True, exist_ok=True)
     room = Room(store.spool, most_bytes)
-    room.begin(store.size("images"))
+    room.set(store.size("images"))
     place = Place(store.spool, put or store.put, image_statistics, STATISTICS, encode_png, room.take)
     return PredictionLog(place, rules or Rules(keep_images=False), Metrics())
 
@@ -251,6 +251,27 @@ def test_all_workers_together_keep_no_more_than_the_limit(tmp_path: Path, caplog
     assert len(found) == 180
     assert sum(row["kept"] == "sampled" for row in found) == len(list(tmp_path.rglob("*.png"))) - 1
     assert 1 <= caplog.text.count("keep_mb is used up") <= 3
+
+
+def test_room_that_someone_makes_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.room.EVERY_S", 0.02)
+    old, rooms = tmp_path / "old.png", [Room(tmp_path, 1000) for _ in range(2)]
+    assert not rooms[0].take(1), "nobody has looked yet"
+    old.write_bytes(bytes(900))
+    rooms[0].watch(lambda: sum(path.stat().st_size for path in tmp_path.glob("*.png")))
+    assert rooms[0].take(60)
+    assert not rooms[1].take(950)
+    old.unlink()
+    until(lambda: rooms[1].take(950))
+
+
+def test_what_cannot_be_measured_at_the_start_is_told(tmp_path: Path) -> None:
+    def measure() -> int:
+        raise PermissionError("not yours")
+
+    with pytest.raises(PermissionError, match="not yours"):
+        Room(tmp_path, 1000).watch(measure)
+    assert not Room(tmp_path, 1000).take(1)
 
 
 class Away:

@@ -122,7 +122,13 @@ def test_a_token_is_asked_of_everyone_but_probes_and_the_page() -> None:
     guarded = app(Limits(token="s3cret"))
     for path in ("/", "/ping", "/health", "/version", "/v2/health/live", "/v2/health/ready"):
         assert answer(guarded, "GET", path)[0] == 200
-    for method, path in (("POST", INFER), ("POST", "/invocations"), ("POST", "/predict"), ("GET", "/metrics")):
+    for method, path in (
+        ("POST", INFER),
+        ("POST", "/invocations"),
+        ("POST", "/predict"),
+        ("POST", "/feedback"),
+        ("GET", "/metrics"),
+    ):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}, {"authorization": "\xff"}):
             status, answered, body = answer(guarded, method, path, b"", headers)
             assert (status, answered["www-authenticate"]) == (401, "Bearer")

@@ -7,6 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from test_serving_protocols import form
 from conftest import missing
 from data_loader.images import decode_image
 from data_loader.statistics import image_statistics
+from data_loader.store import open_store
 from models.onnx_model import OnnxClassifier
 from monitoring.distance import Distances
+from monitoring.prediction_log import read_feedback, read_window
 from monitoring.reference import make_reference, write_reference
 from utils.artifacts import log_onnx_model
 
@@ -122,6 +125,17 @@ def test_feedback_is_counted_over_workers_and_logged(service: PredictionService,
     until(lambda: len(rows(log, "feedback")) == 60)
     received = {row["id"]: (row["label"], row["value"]) for row in rows(log, "feedback")}
     assert received == {entry["id"]: (entry["label"], entry.get("value")) for entry in entries}
+    # What monitoring makes of the same log.
+    until(lambda: {row["id"] for row in rows(log)} >= set(ids))
+    today = datetime.now(UTC)
+    window = read_window(open_store(str(log)), today - timedelta(hours=1), today + timedelta(hours=1))
+    read = read_feedback(open_store(str(log)), window)
+    assert window.classes == CLASSES
+    assert {window.ids[row]: label for row, label in zip(read.rows_F, read.labels, strict=True)} == {
+        entry["id"]: entry["label"] for entry in entries
+    }
+    assert read.right_F.mean() == pytest.approx(right)
+    assert np.nansum(read.values_F) == 20 * (2.5 - 1.25)
 
 
 @pytest.mark.parametrize(
