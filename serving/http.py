@@ -7,13 +7,15 @@ import hmac
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import RequestError
 from serving.metrics import Metrics
@@ -118,6 +120,23 @@ class Endpoint:
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         return Response(orjson.dumps(self._error_body(str(error))), error.status, headers, JSON)
+
+
+class Shortcuts(Router):
+    """A router that looks for whole paths in a table before it tries its patterns one after the other."""
+
+    def __init__(self, shortcuts: Mapping[tuple[str, str], tuple[ASGIApp, dict[str, str]]], *args: Any, **others: Any):
+        """`shortcuts` gives for a method and a path what its pattern would: the application, and what it captured."""
+        super().__init__(*args, **others)
+        self._shortcuts = shortcuts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._shortcuts.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if found is None:
+            await super().__call__(scope, receive, send)
+        else:
+            application, scope["path_params"] = found
+            await application(scope, receive, send)
 
 
 def header(scope: Scope, name: bytes) -> bytes:
