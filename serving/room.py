@@ -62,5 +62,5 @@ class Room:
                 file.seek(0)
                 file.write(str(taken_bytes))
                 return True
-        except FileNotFoundError:
+        except OSError:  # no such file yet, a full disk
             return False

@@ -20,6 +20,7 @@ from mlflow.deployments import PredictionsResponse
 from network import Network
 from s3_server import S3Server
 from service import CLASSES, SHAPE, PredictionService, expected_logits, png, some_images, write_model
+from test_prediction_log import fill, small_disk
 from test_serving_limits import until
 from test_serving_protocols import form
 
@@ -34,6 +35,8 @@ from monitoring.reference import make_reference, write_reference
 from utils.artifacts import log_onnx_model
 
 pytestmark = pytest.mark.slow
+
+__all__ = ["small_disk"]  # a fixture
 
 INFER = "/v2/models/classifier/infer"
 
@@ -262,6 +265,22 @@ def test_a_log_on_s3_is_whole_though_s3_was_silent_for_a_while(
     assert 5 <= sum(bool(row["image"]) for row in found.values()) <= 25
     assert not any(path.suffix in (".parquet", ".png") for path in spool.iterdir())
     assert s3.secret_key not in service.log.read_text()
+
+
+def test_a_full_disk_delays_rows_and_no_answer(
+    start_service: Callable[..., PredictionService], served_model: Path, small_disk: Path
+) -> None:
+    service = start_service(served_model, f"--log={small_disk}", "--keep_below=0")
+    filler = fill(small_disk)
+    images_NHWC = some_images(9)
+    ids = [each for n in range(9) for each in ids_of(service, images_NHWC[n : n + 1], n % 3)]
+    until(lambda: service.metric("serving_log_failures_total") > 0)
+    ids += [each for n in range(9) for each in ids_of(service, images_NHWC[n : n + 1], n % 3)]
+    assert service.metric("serving_log_dropped_rows_total") == 0
+    filler.unlink()
+    assert service.stop() == 0
+    assert {row["id"] for row in rows(small_disk)} == set(ids)
+    assert "No space left on device" in service.log.read_text()
 
 
 def test_a_log_that_cannot_be_written_ends_the_start_with_one_line(
