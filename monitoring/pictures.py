@@ -128,7 +128,7 @@ def _frame(axes: Axes) -> None:
 
 def _legend(figure: Figure) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, markerscale=2.5)
 
 
 def _plain_text(name: str) -> str:

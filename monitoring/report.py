@@ -21,7 +21,7 @@ from monitoring.window import Span
 TEMPLATE = Path(__file__).with_name("report.html")
 
 TITLES = {
-    "feature": "What the images look like",
+    "feature": "Appearance",
     "label": "Predicted classes",
     "confidence": "Confidence",
     "quality": "Input quality",

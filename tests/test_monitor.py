@@ -163,7 +163,7 @@ def test_drift_is_told_everywhere_and_fails_the_run_if_asked_to(
     digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digits.log(tmp_path, darker(digits.images_NHWC[:500]), keep=4)
-    with pytest.raises(RunFailed, match=r"^Drift: what the images look like.* \(fail_on_drift=true\); run \w{32} has"):
+    with pytest.raises(RunFailed, match=r"^Drift: appearance.* \(fail_on_drift=true\); run \w{32} has"):
         watch(digits, tmp_path, fail_on_drift=True)
     run = last_run()
     assert run.info.status == "FAILED"
@@ -175,10 +175,10 @@ def test_drift_is_told_everywhere_and_fails_the_run_if_asked_to(
     assert brightness["drifted"]
     assert brightness["score"] >= 1
     assert artifacts(run, "pictures") == PICTURES | {"pictures/strangest.png"}
-    assert "| What the images look like | drift |" in run.data.tags["mlflow.note.content"]
+    assert "| Appearance | drift |" in run.data.tags["mlflow.note.content"]
     capsys.readouterr()
     assert watch(digits, tmp_path).info.status == "FINISHED"
-    assert capsys.readouterr().out.startswith("Drift: what the images look like")
+    assert capsys.readouterr().out.startswith("Drift: appearance")
 
 
 def test_only_the_version_asked_for_and_its_time_count(digits: Digits, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         missing("there is no browser here (Debian: apt-get install chromium chromium-driver)")
     options = ChromeOptions()
     options.binary_location = chromium
-    for flag in [*CHROMIUM_FLAGS, "--window-size=1040,1500", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    for flag in [*CHROMIUM_FLAGS, "--window-size=1040,1400", "--hide-scrollbars", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
         options.add_argument(flag)
     browser = Chrome(options, Service(executable_path=driver))
     yield browser
@@ -357,7 +357,7 @@ def test_the_page_is_whole_and_takes_names_as_text(digits: Digits, tmp_path: Pat
     assert Page(html).wrong == []
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     browser.get((tmp_path / "report.html").as_uri())
-    assert browser.find_element(By.TAG_NAME, "h1").text.startswith("Drift: what the images look like")
+    assert browser.find_element(By.TAG_NAME, "h1").text.startswith("Drift: appearance")
     assert name in browser.find_element(By.TAG_NAME, "header").text
     assert len(browser.find_elements(By.CSS_SELECTOR, "section table tbody tr")) == 13
     drawn = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 300)")
@@ -414,6 +414,6 @@ def test_what_a_real_service_logged_is_read_through_mlflow_run(
     uri, until = "models:/digits@champion", middle.isoformat()
     assert run(model_uri=uri, until=until, hours="1").startswith("0 No drift. 300 images of digits version 1")
     turned = run(model_uri=uri, since=until, fail_on_drift="true")
-    assert turned.startswith("1 Drift: what the images look like")
+    assert turned.startswith("1 Drift: appearance")
     assert "300 images of digits" in turned
     assert "pictures/strangest.png" in artifacts(last_run(), "pictures")
