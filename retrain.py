@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     from utils.tracking import start_run
     from utils.turn import Taken, Turns
 
-    allowed = [name for name in entry_point_parameters("main") if name not in GIVEN_HERE]
+    allowed = [name for name in entry_point_parameters("main") if name not in (*GIVEN_HERE, "image_size")]
     rules = read_rules(Path(settings.rules), allowed)
     config = read_backend_config(settings.backend, settings.backend_config)
     champion = registry.candidate(f"models:/{settings.name}@{registry.CHAMPION}")

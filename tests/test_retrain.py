@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,17 +205,38 @@ def test_no_leaves_a_run_and_touches_nothing(steady: str, capsys: pytest.Capture
     assert trainings_of(look) == []
 
 
-def test_a_training_that_fails_leaves_the_champion_and_a_run_that_says_why(steady: str) -> None:
-    settings = retrain.Settings(name="steady", rules="broken.toml", force=True)
-    with pytest.raises(RunFailed, match=r"^main did not end well: Run \(ID '\w{32}'\) failed$"):
-        retrain.main(settings)
+def change_after_a_look(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Between what retrain loads and what its training loads something happens to the data."""
+    look = retrain.look
+
+    def look_then_change(*arguments: Any) -> Any:
+        present = look(*arguments)
+        change()
+        return present
+
+    monkeypatch.setattr(retrain, "look", look_then_change)
+
+
+def test_a_training_that_fails_leaves_the_champion_and_a_run_that_says_why(
+    steady: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("gone.npz").write_bytes(Path(f"{ALL}.npz").read_bytes())
+    change_after_a_look(monkeypatch, Path("gone.npz").unlink)
+    failed = r"main did not end well: Run \(ID '\w{32}'\) failed: dataset='gone\.npz' does not exist"
+    with pytest.raises(RunFailed, match=f"^{failed}"):
+        retrain.main(retrain.Settings(name="steady", dataset="gone.npz", force=True))
     look = last_look()
     (training,) = trainings_of(look)
     assert (look.info.status, training.info.status, champion_of("steady")) == ("FAILED", "FAILED", "1")
-    told = f"failed, champion stays: main did not end well: Run (ID '{training.info.run_id}') failed"
-    assert look.data.tags["outcome"] == told
-    assert f"**Outcome**: {told}." in look.data.tags["mlflow.note.content"]
-    assert Turns(steady).hours_since_last() is None  # it may be tried again at once
+    assert re.match(failed, look.data.tags["reason"])
+    assert look.data.tags["outcome"] == f"failed, champion stays: {look.data.tags['reason']}"
+    assert f"**Outcome**: {look.data.tags['outcome']}." in look.data.tags["mlflow.note.content"]
+
+    # One that is refused before it has a run of its own to write to; both may be tried again at once.
+    with pytest.raises(RunFailed, match=r"^main did not end well: Run \(ID '\w{32}'\) failed$"):
+        retrain.main(retrain.Settings(name="steady", rules="broken.toml", force=True))
+    assert champion_of("steady") == "1"
+    assert Turns(steady).hours_since_last() is None
 
 
 def test_bad_input_is_one_line_and_trains_nothing(
@@ -253,16 +275,13 @@ def test_bad_input_is_one_line_and_trains_nothing(
 
 
 def test_data_that_changed_under_the_training_promote_nothing(steady: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    images_NHWC = load(f"{ALL}.npz", data_dir=Path("data")).images_NHWC
-    np.savez("moving.npz", images=images_NHWC[:400], labels=load_digits().target[:400])
-    look = retrain.look
+    digits = np.load(f"{ALL}.npz")
 
-    def look_then_change(*arguments: Any) -> Any:
-        present = look(*arguments)
-        np.savez("moving.npz", images=images_NHWC[:500], labels=load_digits().target[:500])
-        return present
+    def write(count: int) -> None:
+        np.savez("moving.npz", images=digits["images"][:count], labels=digits["labels"][:count])
 
-    monkeypatch.setattr(retrain, "look", look_then_change)
+    write(400)
+    change_after_a_look(monkeypatch, lambda: write(500))
     with pytest.raises(RunFailed, match="was trained on other data than there is here to compare on"):
         retrain.main(retrain.Settings(name="steady", dataset="moving.npz", rules="age.toml"))
     assert champion_of("steady") == "1"

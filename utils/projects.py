@@ -18,6 +18,9 @@ BACKENDS = ("local", "docker", "kubernetes")
 PLUGIN = {"docker": "docker", "kubernetes": "mlproject-kubernetes"}
 """Names under which the plugin offers backends; MLflow's own of the same names cannot run this project."""
 
+REASONS = ("reason", "mlproject.reason")
+"""Tags that say why a run failed: of the script itself (utils.tracking), of the plugin."""
+
 
 def entry_point_parameters(entry_point: str, project: str = ".") -> tuple[str, ...]:
     """The names of an entry point's parameters, as the MLproject has them."""
@@ -98,5 +101,5 @@ def _reason(parent: Any, error: Exception) -> str:
     told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
     below = f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
     runs = mlflow.MlflowClient().search_runs([parent.experiment_id], below)
-    reasons = [run.data.tags["mlproject.reason"] for run in runs if "mlproject.reason" in run.data.tags]
+    reasons = [run.data.tags[tag] for run in runs for tag in REASONS if tag in run.data.tags]
     return told if not reasons or reasons[0] in told else f"{told}: {reasons[0]}"

@@ -30,6 +30,8 @@ from utils.runtime import git_tags, without_passwords
 from utils.settings import as_params, as_text
 
 SYSTEM_METRICS_EVERY_S = 10.0
+LONGEST_REASON = 5000
+"""MLflow takes 8,000 characters in a tag."""
 OUTPUTS = Path("outputs")
 """Where runs keep their files until the server has them, one folder a run."""
 
@@ -40,7 +42,8 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
 
     `about` says in a word or two what the run is about; with its venue that is the run's name.
     With `enabled=False` (every process of a distributed run but the first) the run swallows all that is logged.
-    Leaving the block sends what is left; RunFailed if the server never came back.
+    Leaving the block sends what is left; RunFailed if the server never came back. A run that fails has the reason as
+    the tag `reason`.
     """
     if not enabled:
         yield Run(os.environ.get("MLFLOW_RUN_ID", ""), OUTPUTS, None)
@@ -75,6 +78,9 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
+        raise
+    except Exception as error:
+        run.tags({"reason": without_passwords(" ".join(str(error).split()) or type(error).__name__)[:LONGEST_REASON]})
         raise
     finally:
         run.later(lambda client: client.set_terminated(run.id, status), {"status": status})
