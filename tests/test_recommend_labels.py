@@ -289,3 +289,35 @@ def test_from_the_service_to_a_model_that_knows_more(project: Path) -> None:
     new = [row for row, image_HWC in enumerate(version.images_NHWC) if image_HWC.tobytes() in labels_of]
     assert len(new) >= 40
     assert all(version.labels_N[row] == labels_of[version.images_NHWC[row].tobytes()] for row in new)
+
+
+@pytest.mark.slow
+def test_a_version_for_dvc(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The DVC commands of docs/labelling.md, with a folder in place of the bucket."""
+    author = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def shell(*commands: str) -> None:
+        for command in commands:
+            environment = {**os.environ, **author, "PATH": programs, "DVC_NO_ANALYTICS": "1"}
+            done = subprocess.run(["bash", "-c", command], cwd=project, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+    for number in range(100):
+        path = project / "images" / CLASSES[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(pixels(1000 + number)[:, :, 0]))
+    shell("git init -qb main", "dvc init -q", "dvc remote add -q -d store ../bucket", "dvc add -q images")
+    shell("git add images.dvc .gitignore .dvc", "git commit -qm 2", "git tag v2.0", "dvc push -q")
+    run(capsys, "to-label", log=str(a_log(project / "log")), count=12)
+    labels = fill(project / "to-label", ["Äpfel", *["'=Birnen"] * 9])
+    document = (ROOT / "docs" / "labelling.md").read_text()
+    recommend, *commands, _ = re.findall(r"## Data that DVC.*?```sh\n(.*?)```", document, re.DOTALL)[0].splitlines()
+    parameters = dict(word.split("=", 1) for word in shlex.split(recommend) if "=" in word)
+    assert project / parameters["labels"] == project / labels
+    said = run(capsys, **parameters)
+    shell(*commands)
+    versions = [load("images", data_dir=Path("data"), data_version=tag, data_repo=".") for tag in ("v2.0", "v3.0")]
+    old, new = ({file["path"]: file for file in version.manifest["files"]} for version in versions)
+    assert old.items() <= new.items() and len(new) == len(old) + 10
+    assert f"data digest {versions[1].digest}" in said
