@@ -18,7 +18,8 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from models.networks import build
 from models.onnx_export import to_onnx
 from models.onnx_model import OnnxClassifier
 from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, make_reference, write_reference
+from serving.prediction_log import FILE_AGE_S
 from serving.spool import MOST_BYTES, SLASH
 from utils.artifacts import log_onnx_model
 
@@ -286,7 +288,7 @@ def sure_and_unsure(model: Path) -> tuple[np.ndarray, np.ndarray]:
     logits_NK, _ = OnnxClassifier(model).outputs(images_NHWC)
     shares_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
     order = np.argsort((shares_NK / shares_NK.sum(axis=1, keepdims=True)).max(axis=1))
-    return images_NHWC[order[-400:]], images_NHWC[order[:400]]
+    return images_NHWC[random.permutation(order[-400:])], images_NHWC[random.permutation(order[:400])]
 
 
 def register(model: Path, folder: Path, images_NHWC: np.ndarray) -> str:
@@ -304,17 +306,11 @@ def register(model: Path, folder: Path, images_NHWC: np.ndarray) -> str:
     return str(version)
 
 
-def push(gateway: Program, model: str, ran_at_s: float, drift: int) -> None:
-    """What a `monitor` run leaves at the Pushgateway."""
+def push_forgotten(gateway: Program) -> None:
+    """What is left at the Pushgateway by a `monitor` that ran three days ago for the last time."""
     registry = CollectorRegistry()
-    score = Gauge("monitor_drift_score", "", ["part"], registry=registry)
-    detected = Gauge("monitor_drift_detected", "", ["part"], registry=registry)
-    for part in ("feature", "label", "confidence", "quality"):
-        score.labels(part).set(0.1 + drift)
-        detected.labels(part).set(drift if part == "feature" else 0)
-    Gauge("monitor_window_images", "", registry=registry).set(500)
-    Gauge("monitor_last_run_timestamp_seconds", "", registry=registry).set(ran_at_s)
-    push_to_gateway(gateway.url, job="monitor", grouping_key={"model": model}, registry=registry)
+    Gauge("monitor_last_run_timestamp_seconds", "", registry=registry).set(time.time() - 3 * 86400)
+    push_to_gateway(gateway.url, job="monitor", grouping_key={"model": "forgotten"}, registry=registry)
 
 
 class Load:
@@ -382,6 +378,20 @@ class Watched:
     def serve(self, model: str | Path, *flags: str, port: int = 0, **environment: str) -> PredictionService:
         return PredictionService(model, self.project, *flags, port=port, **environment)
 
+    @contextmanager
+    def monitoring(self, since: datetime) -> Iterator[None]:
+        """`monitor.py` at work during the block, on what the service has logged since then."""
+        flags = [f"--log={self.project / 'log'}", f"--model_uri=models:/{NAME}/1", f"--since={since:%Y-%m-%dT%H:%M:%S}"]
+        command = [sys.executable, str(ROOT / "monitor.py"), *flags, f"--push_gateway={self.gateway.url}"]
+        monitor = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            yield
+            said, _ = monitor.communicate(timeout=60)
+            assert monitor.returncode == 0, said
+        finally:
+            monitor.kill()
+            monitor.communicate()
+
     def configure(self) -> None:
         """The repository's files, with these addresses as compose.py writes them, and shorter times."""
         from watching import alertmanager_config, prometheus_config
@@ -405,7 +415,7 @@ class Watched:
 
     def predict(self, images_NHWC: np.ndarray, wrong: bool = False, value: float = 1.5) -> None:
         """Ask for predictions in three protocols, and tell the true classes."""
-        status, answer = self.ask(self.service, "/invocations", {"inputs": images_NHWC.tolist()})
+        status, answer = self.ask(self.service, "/invocations", {"inputs": images_NHWC[2:].tolist()})
         assert status == 200
         labels = [CLASSES[(int(one.rpartition("-")[2]) + wrong) % len(CLASSES)] for one in answer["ids"]]
         told = [{"id": one, "label": label, "value": value} for one, label in zip(answer["ids"], labels, strict=True)]
@@ -415,7 +425,7 @@ class Watched:
         tensor = {"name": "images", "shape": [1, *SHAPE], "datatype": "UINT8", "data": images_NHWC[0].ravel().tolist()}
         assert self.ask(self.service, f"/v2/models/{NAME}/infer", {"inputs": [tensor]})[0] == 200
         headers = {"Authorization": f"Bearer {self.token}"}
-        assert self.service.ask("POST", "/predict", png(images_NHWC[0]), **headers)[0] == 200
+        assert self.service.ask("POST", "/predict", png(images_NHWC[1]), **headers)[0] == 200
 
     def sure(self, turn: int) -> None:
         """Good requests: nearly every prediction is right, one input in a hundred is none."""
@@ -460,6 +470,14 @@ class Watched:
         """The sum of an instant query's samples."""
         return sum(float(one["value"][1]) for one in self.prometheus.ask("query", query=query)["result"])
 
+    def compare_with_what_was_told(self) -> None:
+        """Nobody asks just now, so Prometheus soon has all the feedback, to the last one."""
+        gain, loss = (f'sum(serving_feedback_value_total{{sign="{sign}"}})' for sign in ("gain", "loss"))
+        right, wrong = (f'sum(serving_feedback_total{{correct="{correct}"}})' for correct in ("true", "false"))
+        until(lambda: self.value(f"{right} + {wrong}") == sum(self.told.values()), lambda: self.told)
+        assert (self.value(right), self.value(wrong)) == (self.told[True], self.told[False])
+        assert self.value(f"{gain} - {loss}") == pytest.approx(self.worth)
+
     def has_data(self, query: str) -> bool:
         """Whether a query, as a dashboard has it, had a number at any time since the beginning."""
         query = query.replace("$__rate_interval", "5s").replace("$instance", ".*")
@@ -475,6 +493,7 @@ def until(reached: Callable[[], bool], told: Callable[[], object], patience_s: f
         time.sleep(0.2)
 
 
+LOGGED_WITHIN_S = FILE_AGE_S + 1
 DEPENDS_ON_THE_MACHINE = {"ServiceSlow", *MACHINES_FAULTS}
 """What may be true of the machine that the tests run on."""
 
@@ -491,48 +510,42 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
             watched.fire(*names)
             seen.update(names)
 
-        push(watched.gateway, NAME, time.time(), drift=0)
         with Load(watched.sure) as load:
             until(lambda: watched.value("sum(up == 1)") == 6, lambda: watched.prometheus.ask("query", query="up"))
-            register(watched.model, project, watched.sure_NHWC)
-            changed = 'sum(serving_model_workers{version="2"})'
-            until(lambda: watched.value(changed) == 1, lambda: watched.service.log.read_text())
-            time.sleep(10)
+            time.sleep(LOGGED_WITHIN_S)
+            with watched.monitoring(datetime.now(UTC) - timedelta(hours=1)):
+                pass
+            until(lambda: watched.value("monitor_window_images") >= 100, lambda: "there are no gauges of a monitor")
+            assert watched.value("monitor_drift_detected") == 0
             assert load.failures == []
             assert watched.alerts().keys() - DEPENDS_ON_THE_MACHINE == set()
 
-            push(watched.gateway, NAME, time.time(), drift=1)
-            push(watched.gateway, "forgotten", time.time() - 3 * 86400, drift=0)
+            push_forgotten(watched.gateway)
             broken = MlflowClient().create_model_version(NAME, str(project / "nothing here")).version
             MlflowClient().set_registered_model_alias(NAME, "champion", broken)
-            fires("DriftDetected", "MonitorNotRun", "ModelChangeFails")
+            fires("MonitorNotRun", "ModelChangeFails")
 
-        assert not watched.alerts().keys() & {"ConfidenceDrop", "FeedbackAccuracyLow", "BadInputs"}
-        with Load(watched.unsure), Load(watched.bad):
-            fires("ConfidenceDrop", "BadInputs")
-        with Load(watched.mistaken):
-            fires("FeedbackAccuracyLow")
-
-        assert not watched.alerts().keys() & {"ServiceDown", "ServiceErrors", "QueueNearlyFull", "LogUnsent"}
+        expected = {"ConfidenceDrop", "BadInputs", "ServiceDown", "FeedbackAccuracyLow", "DriftDetected"}
+        assert not watched.alerts().keys() & expected
         watched.second.kill()
-        fires("ServiceDown")
-        until(lambda: any(one["labels"]["alertname"] == "ServiceDown" for one in watched.receiver.told), lambda: "told")
-        # Nobody asks just now, so Prometheus has what was sent, to the last one.
-        for correct, count in watched.told.items():
-            assert watched.value(f'sum(serving_feedback_total{{correct="{correct}"}})'.lower()) == count
-        value = 'sum(serving_feedback_value_total{sign="gain"}) - sum(serving_feedback_value_total{sign="loss"})'
-        assert watched.value(value) == pytest.approx(watched.worth)
+        since = datetime.now(UTC)
+        with Load(watched.unsure), Load(watched.bad):
+            fires("ConfidenceDrop", "BadInputs", "ServiceDown")
+            time.sleep(LOGGED_WITHIN_S)
         break_log(project / "second-log")
-        watched.second = watched.serve(
-            watched.slow_model,
-            "--max_queue=8",
-            f"--log={project / 'second-log'}",
-            port=watched.second.port,
-            SERVING_TOKEN=watched.token,
-        )
+        flags = ("--max_queue=8", f"--log={project / 'second-log'}")
+        port, token = watched.second.port, {"SERVING_TOKEN": watched.token}
+        watched.second = watched.serve(watched.slow_model, *flags, port=port, **token)
+        with watched.monitoring(since), Load(watched.mistaken):
+            fires("FeedbackAccuracyLow")
+        fires("DriftDetected")
+        watched.compare_with_what_was_told()
+
+        expected = {"ServiceErrors", "ServiceSlow", "QueueNearlyFull", "LogUnsent", "LogRowsDropped"}
+        assert not watched.alerts().keys() & (expected - DEPENDS_ON_THE_MACHINE - {"LogUnsent"})
         watched.second.wait()
         with Load(watched.overload, threads=3) as load, Load(watched.sure, pause_s=0.5):
-            fires("ServiceErrors", "ServiceSlow", "QueueNearlyFull", "LogUnsent", "LogRowsDropped")
+            fires(*expected)
         assert load.failures == []
         watched.gateway.kill()
         fires("TargetDown")
@@ -542,8 +555,7 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
         for alert in watched.alerts().values():
             assert "{{" not in "".join(alert["annotations"].values())
         told = {one["labels"]["alertname"]: one["annotations"]["summary"] for one in watched.receiver.told}
-        which = f"127.0.0.1:{watched.second.port}"
-        assert told["ServiceDown"] == f"The prediction service {which} does not answer Prometheus"
+        assert told["ServiceDown"] == f"The prediction service 127.0.0.1:{port} does not answer Prometheus"
 
 
 def break_log(folder: Path) -> None:
