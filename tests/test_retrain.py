@@ -221,7 +221,7 @@ def test_a_training_that_fails_leaves_the_champion_and_a_run_that_says_why(
     steady: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("gone.npz").write_bytes(Path(f"{ALL}.npz").read_bytes())
-    change_after_a_look(monkeypatch, Path("gone.npz").unlink)
+    change_after_a_look(monkeypatch, lambda: Path("gone.npz").unlink(missing_ok=True))
     failed = r"main did not end well: Run \(ID '\w{32}'\) failed: dataset='gone\.npz' does not exist"
     with pytest.raises(RunFailed, match=f"^{failed}"):
         retrain.main(retrain.Settings(name="steady", dataset="gone.npz", force=True))

@@ -219,6 +219,7 @@ def test_when_script_and_server_fail_both_are_told_and_everything_is_kept(
             "profile": {"n": 1},
         },
         {"tag": "data_digest", "value": "5" * 64},
+        {"tag": "reason", "value": "division by zero"},
         {"status": "FAILED"},
     ]
     assert json.loads((folder / "unsent/tables/facts.json").read_text()) == {"ü": 1}
