@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ SAMPLED, UNCERTAIN, FAR = "sampled", "uncertain", "far"
 
 FILE_ROWS, FILE_BYTES, FILE_AGE_S = 1_000, 32 * 2**20, 5.0
 """A file is written when so many rows or bytes of pixels wait for it, or when the first has waited so long."""
+
+ASK_AGAIN_S = 10.0
+"""After an image for which there was no room, none is encoded for so long."""
 
 MOST_WAITING_BYTES = 256 * 2**20
 """Pixels and embeddings of answered requests in memory: reached only where the disk stands still."""
@@ -132,7 +136,9 @@ class PredictionLog:
         self._added_bytes = self._taken_bytes = self._added_rows = self._taken_rows = 0
         self._unwritten: list[tuple[str, Any, str]] = []
         """Tables for which there was no room on the disk: folder, table, day."""
-        self._full_told = self._lost_told = self._disk_failed = False
+        self._lost_told = self._disk_failed = False
+        self._room_again_s = 0.0
+        """When to ask again whether there is room for an image (time.monotonic); 0: there was some."""
         self._thread = threading.Thread(target=self._work, name="prediction-log", daemon=True)
         self._thread.start()
 
@@ -181,7 +187,9 @@ class PredictionLog:
 
     def _write_all(self) -> None:
         """Write what waits, in files of a limited size."""
-        self._write_unwritten()
+        again, self._unwritten = self._unwritten, []
+        for folder, table, day in again:
+            self._write(folder, table, day)
         while self._queue:
             batch: list[Answered | Told] = []
             rows = size = 0
@@ -247,7 +255,8 @@ class PredictionLog:
         """(name under the log, rule) of each image that was kept, or two empty strings."""
         distances_N = np.zeros(len(ids))
         if model.distances is not None:
-            distances_N = model.distances.to(embeddings_NE) / model.distances.threshold
+            threshold = max(model.distances.threshold, 1e-6)  # 0 for a reference of equal images
+            distances_N = model.distances.to(embeddings_NE).astype(np.float64) / threshold
             self._metrics.compared.inc(len(ids))
             self._metrics.distances.inc(float(distances_N.sum()))
             self._metrics.far.inc(int((distances_N > 1).sum()))
@@ -265,20 +274,20 @@ class PredictionLog:
         return kept
 
     def _keep_one(self, name: str, image_HWC: np.ndarray) -> bool:
-        data = self._place.encode(image_HWC)
-        if self._spool.full:
+        if self._spool.full or time.monotonic() < self._room_again_s:
             return False
+        data = self._place.encode(image_HWC)
         if not self._place.room(len(data)):
-            if not self._full_told:
+            if not self._room_again_s:
                 log.warning("prediction log: keep_mb is used up; no image is kept until there is room again")
-            self._full_told = True
+            self._room_again_s = time.monotonic() + ASK_AGAIN_S
             return False
         try:
             self._spool.write(name, partial(_write_bytes, data))
         except OSError as error:
             self._failed(error)
             return False
-        self._full_told = False
+        self._room_again_s = 0.0
         self._metrics.kept_bytes.inc(len(data))
         return True
 
@@ -303,11 +312,6 @@ class PredictionLog:
         if self._disk_failed:
             log.info("prediction log: this machine's disk takes files again")
         self._disk_failed = False
-
-    def _write_unwritten(self) -> None:
-        again, self._unwritten = self._unwritten, []
-        for folder, table, day in again:
-            self._write(folder, table, day)
 
     def _failed(self, error: OSError) -> None:
         self._metrics.log_failures.inc()

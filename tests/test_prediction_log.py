@@ -7,8 +7,10 @@ import json
 import logging
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,29 @@ def test_all_workers_together_keep_no_more_than_the_limit(tmp_path: Path, caplog
     assert len(found) == 180
     assert sum(row["kept"] == "sampled" for row in found) == len(list(tmp_path.rglob("*.png"))) - 1
     assert 1 <= caplog.text.count("keep_mb is used up") <= 3
+
+
+def test_an_image_that_finds_room_again_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While there is none, images are not even encoded."""
+    monkeypatch.setattr(prediction_log, "FILE_AGE_S", 0.02)
+    monkeypatch.setattr(prediction_log, "ASK_AGAIN_S", 0.05)
+    log = open_log(tmp_path, Rules(share=1), most_bytes=0)
+    room, encoded = Room(tmp_path / ".unsent", 10**6), []
+    place = log._place
+    log._place = replace(place, encode=lambda image_HWC: encoded.append(1) or place.encode(image_HWC))
+    log.add(answered(1000))
+    until(lambda: len(rows(tmp_path)) == 1000)
+    assert len(encoded) < 100
+    log._place = replace(place, room=room.take)
+    log.add(answered(3, seed=1))
+    until(lambda: len(rows(tmp_path)) == 1003)
+    until(lambda: log._room_again_s < time.monotonic())
+    log.add(answered(4, seed=2))
+    log.close()
+    assert 4 <= len(list(tmp_path.rglob("*.png"))) <= 7
+    assert caplog.text.count("keep_mb is used up") == 1
 
 
 def test_room_that_someone_makes_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
