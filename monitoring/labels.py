@@ -61,7 +61,6 @@ class Labelled:
 
     id: str
     file: str
-    path: Path
     label: str
     content: bytes
     """Of the file."""
@@ -126,15 +125,14 @@ def read_labels(path: Path, classes: Sequence[str], *, new_classes: bool = False
     empty = strange = 0
     for line, cells in _cells(path):
         file, sha256 = _unescaped(cells["file"]), cells["sha256"].strip().lower()
-        image = path.parent / file
-        row = f"line {line}, {file!r}: "
+        row = f"line {line}, {_short(file)!r}: "
         if not cells["label"].strip():
             empty += 1
-        elif not file or not image.resolve().is_relative_to(path.parent.resolve()):
-            problems.append(f"{row}names no image beside the table")
-        elif not image.is_file():
-            problems.append(f"{row}the image is missing")
-        elif hashlib.sha256(content := image.read_bytes()).hexdigest() != sha256:
+            continue
+        content = _content(path.parent, file)
+        if isinstance(content, str):
+            problems.append(row + content)
+        elif hashlib.sha256(content).hexdigest() != sha256:
             problems.append(f"{row}the image is not the one that was to be labelled (its SHA-256 differs)")
         elif sha256 in lines:
             problems.append(f"{row}the image is in line {lines[sha256]} already; leave one of them")
@@ -142,11 +140,11 @@ def read_labels(path: Path, classes: Sequence[str], *, new_classes: bool = False
             lines[sha256] = line
             label = _label(cells["label"].strip(), classes)
             if label in classes or new_classes:
-                found.append(Labelled(_unescaped(cells.get("id", "")), file, image, label, content))
+                found.append(Labelled(_unescaped(cells.get("id", "")), file, label, content))
             else:
                 close = difflib.get_close_matches(label, classes, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
-                problems.append(f"{row}the label {label!r} is no class{hint}")
+                problems.append(f"{row}the label {_short(label)!r} is no class{hint}")
                 strange += 1
     if problems:
         more = f" and {len(problems) - NAMED_IN_ERRORS} more" if len(problems) > NAMED_IN_ERRORS else ""
@@ -158,6 +156,21 @@ def read_labels(path: Path, classes: Sequence[str], *, new_classes: bool = False
     return found, empty
 
 
+def _content(folder: Path, file: str) -> bytes | str:
+    """The content of a file in the folder, or in words why there is none."""
+    image = folder / file
+    try:
+        if not file or not image.resolve().is_relative_to(folder.resolve()):
+            return "names no image beside the table"
+        return image.read_bytes() if image.exists() else "the image is missing"
+    except (OSError, ValueError, RuntimeError) as error:  # names with a null byte, links in a circle
+        return f"the image cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of each row that is not blank; refuses what is no such table."""
     lines = csv.reader(io.StringIO(text := _text(path), newline=""), delimiter=_delimiter(text), strict=True)
@@ -165,9 +178,8 @@ def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         names = [name.strip() for name in next(lines, [])]
         missing = [name for name in NEEDED if name not in names]
         if missing or len(set(names)) < len(names):
-            raise MonitoringError(
-                f"{path} has the columns {', '.join(names) or '(none)'}; expected {', '.join(COLUMNS)}, each once"
-            )
+            received, expected = _short(", ".join(names)) or "(none)", ", ".join(COLUMNS)
+            raise MonitoringError(f"{path} has the columns {received}; expected {expected}, each once")
         for cells in lines:
             if not any(cell.strip() for cell in cells):
                 continue

@@ -116,6 +116,8 @@ REFUSED: list[tuple[dict[int, str], Change, str]] = [
     ({3: "3"}, lambda rows: rows[1].update(file=""), "line 3, '': names no image beside the table"),
     ({3: "3"}, lambda rows: rows[1].update(file="../secret.png"), "'../secret.png': names no image beside the table"),
     ({3: "3"}, lambda rows: rows[1].update(file="/etc/passwd"), "'/etc/passwd': names no image beside the table"),
+    ({3: "3"}, lambda rows: rows[1].update(file="images"), "'images': the image cannot be read .Is a directory"),
+    ({3: "3"}, lambda rows: rows[1].update(file="x" * 9999), "xx…': the image cannot be read .File name too long"),
     ({}, lambda rows: None, "has no row with a label; fill in the column `label`"),
     ({2: "3"}, lambda rows: [row.pop("sha256") for row in rows], "columns id, file, .*; expected id, file, suggested"),
     (dict.fromkeys((2, 3, 4, 5), "x"), lambda rows: None, "line 2.*line 3.*line 4.* and 1 more"),
@@ -217,3 +219,33 @@ def test_any_class_can_be_copied_from_the_column_of_suggestions(
         exact = [wanted] if typed not in classes else [typed]
         assert [each.label for each in found] == exact
         assert astuple(entry)[2] == wanted
+
+
+cell = st.one_of(
+    names, st.sampled_from(["", "x.png", "3", "5", '"', "\0", ";", "../x.png", "=1", hashlib.sha256(b"x").hexdigest()])
+)
+
+
+@given(
+    content=st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.lists(cell, min_size=3, max_size=4), max_size=4).map(
+            lambda rows: "\r\n".join(["file,label,sha256", *map(",".join, rows)]).encode()
+        ),
+    )
+)
+@settings(deadline=None, max_examples=200)
+def test_whatever_is_in_the_file_it_is_read_or_refused_in_a_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any table"
+    folder.mkdir(exist_ok=True)
+    (folder / "x.png").write_bytes(b"x")
+    (folder / "labels.csv").write_bytes(content)
+    try:
+        found, empty = read_labels(folder / "labels.csv", CLASSES)
+    except MonitoringError as error:
+        assert "\n" not in str(error)
+    else:
+        assert empty >= 0
+        assert [(each.content, each.label in CLASSES) for each in found] == [(b"x", True)], "one image, one label"
