@@ -144,7 +144,7 @@ def compare(reference: Observations, window: Observations, *, false_alarm_rate: 
         _more("quality", "numbers missing or impossible", faulty(reference), faulty(window)),
     ]
     findings = tuple(_judged(test, min(1.0, test.p * len(tests)), false_alarm_rate) for test in tests)
-    return Drift(findings, len(window), len(seen), false_alarm_rate)
+    return Drift(findings, window.counted(), len(seen), false_alarm_rate)
 
 
 @dataclass(frozen=True)

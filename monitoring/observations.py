@@ -37,6 +37,10 @@ class Observations:
     def __len__(self) -> int:
         return len(self.predicted_N)
 
+    def counted(self) -> int:
+        """How many images they stand for: more than there are where only some were read."""
+        return len(self)
+
     def rows(self, rows: np.ndarray) -> Observations:
         """Some of them, by position."""
         return Observations(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from typing import Any, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -43,8 +44,13 @@ class Window(Observations):
     versions: tuple[str, ...]
     images: tuple[str, ...]
     """For each row the name of its kept image in the log, or ""."""
+    total: int
+    """Rows that there were, of which these are an even choice; the same as the length where all were taken."""
     kept: tuple[str, ...]
     """Why it was kept: "", "sampled", "uncertain" or "far"."""
+
+    def counted(self) -> int:
+        return self.total
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,18 @@ class Feedback:
 
 
 def read_window(
-    store: Store, since: datetime, until: datetime, *, model: str = "", version: str = "", with_image: bool = False
+    store: Store,
+    since: datetime,
+    until: datetime,
+    *,
+    model: str = "",
+    version: str = "",
+    with_image: bool = False,
+    most: int = 0,
 ) -> Window:
     """The rows with since <= time < until of one model and version, "" being any; or those whose image was kept.
+
+    Where there are more than `most` rows an even choice of them is taken, at most that many; 0: all.
 
     Refuses rows of several class lists or lengths of embeddings: they cannot be compared. A window without rows has
     length 0 and, where no file told them, no classes.
@@ -72,7 +87,9 @@ def read_window(
     import pyarrow
     import pyarrow.compute
 
-    tables, classes_of = [], {}
+    tables: list[Any] = []
+    classes_of: dict[tuple[str, ...], str] = {}
+    total, step = 0, 1
     for name, table in _tables(store, PREDICTIONS, since, until, _prediction_fields()):
         wanted = _in_time(table, since, until)
         for column, value in (("model", model), ("version", version)):
@@ -83,7 +100,11 @@ def read_window(
         rows = table.filter(wanted)
         if len(rows):
             classes_of[class_names(table.schema, f"log file {name}")] = name
-            tables.append(rows.replace_schema_metadata())
+            tables.append(_thinned(rows.replace_schema_metadata(), step))
+            total += len(rows)
+        while most and sum(map(len, tables)) > most:
+            step *= 2
+            tables = [_thinned(each, step) for each in tables]
     if len(classes_of) > 1:
         first, second = list(classes_of.values())[:2]
         raise MonitoringError(f"log files {first} and {second} name different classes; give the version to look at")
@@ -98,8 +119,16 @@ def read_window(
         models=tuple(sorted(set(table["model"].to_pylist()))),
         versions=tuple(sorted(set(table["version"].to_pylist()))),
         images=tuple(table["image"].to_pylist()),
+        total=total,
         kept=tuple(table["kept"].to_pylist()),
     )
+
+
+def _thinned(table: Any, step: int) -> Any:
+    """One row of `step` of them, the same ones whatever file they are in: by a hash of the id."""
+    if step == 1:
+        return table
+    return table.filter([crc32(name.encode()) % step == 0 for name in table["id"].to_pylist()])
 
 
 def contents(store: Store, since: datetime, until: datetime) -> dict[tuple[str, str], int]:

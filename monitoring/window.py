@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from monitoring import MonitoringError
 from monitoring.prediction_log import Store, Window, contents, read_window
 
+MOST_ROWS = 100_000
+"""Of a longer window so many rows at most are held in memory: with embeddings of 256 numbers, 600 MB."""
 TIME = "%Y-%m-%d %H:%M UTC"
 
 
@@ -41,7 +43,7 @@ def choose(store: Store, place: str, span: Span, *, model: str, version: str, le
 
     `place` is the log's address, for the message.
     """
-    window = read_window(store, span.since, span.until, model=model, version=version)
+    window = read_window(store, span.since, span.until, model=model, version=version, most=MOST_ROWS)
     if len(window) >= least and len(window.models) == len(window.versions) == 1:
         return window
     held = [

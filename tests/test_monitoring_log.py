@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from prediction_logs import NOON, SCHEMA, some_rows, write_feedback, write_log
 from s3_server import S3Server
+from scipy import stats
 
 from data_loader import DataError
 from data_loader.store import open_store
@@ -99,6 +100,33 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]
     write_log(tmp_path, [*rows[:2], rows[2] | change])
     with pytest.raises(MonitoringError, match=told):
         window(tmp_path)
+
+
+def test_of_a_long_window_an_even_choice_is_held(tmp_path: Path) -> None:
+    rows = some_rows(1000)
+    for start in range(0, 1000, 100):
+        write_log(tmp_path, rows[start : start + 100])
+    store, until = open_store(str(tmp_path)), NOON + HOUR
+    everything = read_window(store, NOON, until, most=1000)
+    assert len(everything) == everything.total == everything.counted() == 1000
+    some = read_window(store, NOON, until, most=300)
+    assert (some.total, some.counted()) == (1000, 1000)
+    assert 150 < len(some) <= 300
+    assert [name for name in everything.ids if name in set(some.ids)] == list(some.ids), "in order of time"
+    places = np.flatnonzero(np.isin(everything.ids, some.ids))
+    assert stats.kstest(places, stats.uniform(0, 1000).cdf).pvalue > 0.001, "evenly spread"
+    assert read_window(store, NOON, until, most=300).ids == some.ids
+
+
+def test_a_name_does_not_lead_out_of_the_log(tmp_path: Path) -> None:
+    """Names of images come out of the log's own files."""
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "log").mkdir()
+    for name in ("../secret", str(tmp_path / "secret")):
+        with pytest.raises(DataError, match="lies outside"):
+            open_store(str(tmp_path / "log")).read(name)
+    with pytest.raises(DataError, match="gone cannot be read: No such file"):
+        open_store(str(tmp_path / "log")).read("gone")
 
 
 def test_missing_numbers_are_nan_and_not_an_end(tmp_path: Path) -> None:
