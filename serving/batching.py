@@ -1,9 +1,9 @@
 """Dynamic batching: requests that arrive together go through the network together.
 
-What takes less than SHORT_S in the network is predicted in the event loop itself, all requests of one turn of the loop
-together: to hand it to a thread takes longer than to do it. For all else a thread waits for the first request, then at
-most `max_delay_us` for others, and predicts. While it does, the next ones gather, so under load batches form without
-any waiting. The event loop only hands over and takes back.
+A request that takes less than SHORT_S in the network is predicted in the event loop itself, together with others of the
+same turn of the loop: to hand it to a thread takes longer than to do it. For all else a thread waits for the first
+request, then at most `max_delay_us` for others, and predicts. While it does, the next ones gather, so that under load
+batches form without any waiting. The event loop only hands over and takes back.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Batcher:
         self.images += count
         answer: asyncio.Future[Outcome] = self._loop.create_future()
         call = _Call(model, images_NHWC, answer, time.perf_counter() + self._max_delay_s)
-        if self._is_short([*self._turn, call]):
+        if self._is_short([call]):
+            if not self._is_short([*self._turn, call]):
+                self._end_turn()
             if not self._turn:
                 self._loop.call_soon(self._end_turn)
             self._turn.append(call)
