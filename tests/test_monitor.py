@@ -341,7 +341,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         missing("there is no browser here (Debian: apt-get install chromium chromium-driver)")
     options = ChromeOptions()
     options.binary_location = chromium
-    for flag in [*CHROMIUM_FLAGS, "--window-size=1040,1400", "--hide-scrollbars", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    for flag in [
+        *CHROMIUM_FLAGS,
+        "--window-size=1040,1400",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ]:
         options.add_argument(flag)
     browser = Chrome(options, Service(executable_path=driver))
     yield browser
@@ -376,44 +381,40 @@ def test_the_page_is_whole_and_takes_names_as_text(digits: Digits, tmp_path: Pat
 def test_what_a_real_service_logged_is_read_through_mlflow_run(
     digits: Digits, tmp_path: Path, start_service: Callable[..., PredictionService]
 ) -> None:
-    """Images as they are, then turned ones: `mlflow run -e monitor` tells them apart."""
+    """Images as they are, then turned ones: the first is no drift, `mlflow run -e monitor` finds the second."""
     log = tmp_path / "served"
     service = start_service("models:/digits@champion", f"--log={log}", "--keep_share=0.2")
     images_NHWC = digits.images_NHWC[:300]
 
     def send(images_NHWC: np.ndarray) -> None:
-        tensor = {"name": "images", "shape": list(images_NHWC.shape), "datatype": "UINT8"}
         for start in range(0, len(images_NHWC), 50):
             part = images_NHWC[start : start + 50]
-            status, answer = service.post(
-                "/v2/models/digits/infer",
-                {"inputs": [tensor | {"shape": list(part.shape), "data": part.ravel().tolist()}]},
-            )
+            tensor = {"name": "images", "shape": list(part.shape), "datatype": "UINT8", "data": part.ravel().tolist()}
+            status, answer = service.post("/v2/models/digits/infer", {"inputs": [tensor]})
             assert status == 200, answer
 
     send(images_NHWC)
-    time.sleep(1.1)  # the two halves meet in different seconds
     middle = datetime.now(UTC)
     send(np.rot90(images_NHWC, axes=(1, 2)))
     assert service.stop() == 0
 
-    def run(**parameters: str) -> str:
-        words = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-        command = [sys.executable, "-m", "mlflow", "run", "--env-manager", "local", str(ROOT), "-e", "monitor"]
-        done = subprocess.run(
-            [*command, "-P", f"log={log}", *words],
-            cwd=digits.folder,
-            env={**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
-            capture_output=True,
-            text=True,
-        )
-        found = re.search(r"^((?:No d|D)rift.*); run \w{32}$", done.stdout, re.MULTILINE)
-        assert found, done.stdout + done.stderr
-        return f"{done.returncode} {found[1]}"
-
-    uri, until = "models:/digits@champion", middle.isoformat()
-    assert run(model_uri=uri, until=until, hours="1").startswith("0 No drift. 300 images of digits version 1")
-    turned = run(model_uri=uri, since=until, fail_on_drift="true")
-    assert turned.startswith("1 Drift: appearance")
-    assert "300 images of digits" in turned
-    assert "pictures/strangest.png" in artifacts(last_run(), "pictures")
+    run = watch(digits, log, until=middle.isoformat(), hours=1.0)
+    assert (run.data.metrics["window_images"], run.data.tags["drift"]) == (300, "none")
+    command = [sys.executable, "-m", "mlflow", "run", "--env-manager", "local", str(ROOT), "-e", "monitor"]
+    parameters = {"log": log, "model_uri": "models:/digits@champion", "since": middle.isoformat()}
+    parameters["fail_on_drift"] = "true"
+    done = subprocess.run(
+        [*command, *(word for name, value in parameters.items() for word in ("-P", f"{name}={value}"))],
+        cwd=digits.folder,
+        env={**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
+        capture_output=True,
+        text=True,
+    )
+    told = "Drift: appearance, .*300 images of digits version 1 from .*; run [0-9a-f]{32}$"
+    assert re.search(told, done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "error: Drift: appearance" in done.stderr
+    run = last_run()
+    assert (run.info.status, run.data.metrics["drift_detected"]) == ("FAILED", 1)
+    assert run.info.run_name.startswith("monitor-digits-v1-")
+    assert "pictures/strangest.png" in artifacts(run, "pictures")
