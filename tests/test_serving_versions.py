@@ -94,15 +94,17 @@ def promote(path: Path, version: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_service_follows_its_alias_without_losing_a_request_and_stays_where_the_new_model_is_broken(
-    project: Path, start_service: Callable[..., PredictionService]
+    project: Path, start_service: Callable[..., PredictionService], workers: int
 ) -> None:
     models = [write_model(project / f"{seed}.onnx", seed) for seed in (1, 2)]
     image_NHWC = some_images(1)
     expected = [expected_logits(model, image_NHWC) for model in models]
     assert not np.allclose(*expected, atol=1e-3)
     promote(models[0], "1")
-    service = start_service(f"models:/{NAME}@champion", "--poll_s=0.2", "--max_queue=10000")
+    service = start_service(f"models:/{NAME}@champion", "--poll_s=0.2", "--max_queue=10000", f"--workers={workers}")
+    until(lambda: service.metric("serving_model_workers", version="1") == workers)
     path, stopped, wrong = f"/v2/models/{NAME.replace(' ', '%20')}/infer", threading.Event(), []
     tensor = {"name": "images", "shape": image_NHWC.shape, "datatype": "UINT8", "data": image_NHWC.ravel().tolist()}
     seen = set()
@@ -121,12 +123,12 @@ def test_a_service_follows_its_alias_without_losing_a_request_and_stays_where_th
     try:
         until(lambda: 1 in seen)
         promote(models[1], "2")
-        until(lambda: 2 in seen)
+        until(lambda: 2 in seen and service.metric("serving_model_workers", version="2") == workers)
         broken = MlflowClient().create_model_version(NAME, str(project / "nothing here")).version
         MlflowClient().set_registered_model_alias(NAME, "champion", broken)
-        until(lambda: service.metric("serving_model_failed_changes_total") > 0)
+        until(lambda: service.metric("serving_model_failed_changes_total") >= workers)
         MlflowClient().set_registered_model_alias(NAME, "champion", "1")
-        until(lambda: service.metric("serving_model_workers", version="1") == 1)
+        until(lambda: service.metric("serving_model_workers", version="1") == workers)
     finally:
         stopped.set()
         for thread in threads:
@@ -134,7 +136,7 @@ def test_a_service_follows_its_alias_without_losing_a_request_and_stays_where_th
     assert wrong == []
     assert seen == {1, 2}
     assert service.metric("serving_model_workers", version="2") == 0
-    assert service.metric("serving_model_changes_total") == 2
+    assert service.metric("serving_model_changes_total") == 2 * workers
     assert service.metric("serving_requests_total", endpoint="infer", status="200") > 0
     assert f"version {broken} does not load" in service.log.read_text()
 
