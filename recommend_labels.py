@@ -24,9 +24,11 @@ class Settings:
 
     output: str = setting(REQUIRED, "new folder: for images and table, or for the new version")
     log: str = setting("", "prediction log to choose from: a folder or s3://bucket/prefix, as serve writes it")
-    model_uri: str = setting("", "with log: the model that is to improve, as in serve; empty: any, without a reference")
+    model_uri: str = setting(
+        "", "with log: the model that is to improve, as in serve; empty: the only one there, without a reference"
+    )
     count: int = setting(100, "with log: most images to choose", minimum=1)
-    hours: float = setting(168.0, "with log: how far back to look; 0: all of it", minimum=0)
+    hours: float = setting(168.0, "with log: how far back to look; 0: all of it", minimum=0, maximum=876_000)
     labels: str = setting("", "the filled labels.csv, with its images beside it")
     dataset: str = setting("", "with labels: the data set to extend; with log: one whose images are left out")
     new_classes: bool = setting(False, "with labels: allow classes that the data set does not have")
@@ -131,14 +133,20 @@ def read_log(settings: Settings, store: Store) -> Window:
     from datetime import UTC, datetime, timedelta
 
     from monitoring.prediction_log import read_window
-    from utils import registry
+    from utils import UsageError, registry
 
     until = datetime.now(UTC) + timedelta(hours=1)  # the service's clock may be ahead of ours
     since = until - timedelta(hours=settings.hours + 1) if settings.hours else datetime(1970, 1, 2, tzinfo=UTC)
-    if not settings.model_uri.startswith("models:/"):
-        return read_window(store, since, until, with_image=True)
-    served = registry.candidate(settings.model_uri)
-    return read_window(store, since, until, model=served.name, version=served.version, with_image=True)
+    if settings.model_uri.startswith("models:/"):
+        served = registry.candidate(settings.model_uri)
+        return read_window(store, since, until, model=served.name, version=served.version, with_image=True)
+    window = read_window(store, since, until, with_image=True)
+    if len(window.models) > 1 or len(window.versions) > 1:
+        raise UsageError(
+            f"{settings.log} has images of the models {', '.join(window.models)} and the versions "
+            f"{', '.join(window.versions)}, which cannot be compared; give model_uri=models:/NAME/VERSION"
+        )
+    return window
 
 
 def add_labels(settings: Settings, run: Run) -> None:

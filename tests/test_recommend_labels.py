@@ -155,6 +155,14 @@ def test_the_hours_bound_the_window(project: Path, capsys: pytest.CaptureFixture
     assert not (project / "d").exists()
 
 
+def test_versions_are_not_mixed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = a_log(a_log(project / "log", version="1"), version="2")
+    with pytest.raises(
+        UsageError, match=r"models digits and the versions 1, 2, which cannot be compared; give model_uri="
+    ):
+        run(capsys, "a", log=str(log))
+
+
 def test_what_the_data_set_holds_is_left_out(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = a_log(project / "log", count=40)
     folder = project / "data set"
