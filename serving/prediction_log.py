@@ -127,6 +127,11 @@ class PredictionLog:
     def __init__(self, place: Place, rules: Rules, metrics: Metrics) -> None:
         _write_parquet(feedback_table([]), io.BytesIO())  # imports for 0.3 s: now, and not while requests are answered
         self._place, self._rules, self._metrics = place, rules, metrics
+        for folder in (PREDICTIONS, FEEDBACK):  # a rate sees the first row only if there was a 0 before it
+            metrics.log_rows.labels(folder)
+            metrics.log_dropped.labels(folder)
+        for rule in (SAMPLED, UNCERTAIN, FAR):
+            metrics.kept.labels(rule)
         self._spool = Spool(place.spool, place.put, metrics.log_unsent.set, metrics.log_failures.inc)
         self._worker = os.urandom(4).hex()
         self._files = 0

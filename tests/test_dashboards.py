@@ -517,6 +517,9 @@ def test_every_alert_fires_at_its_fault_and_every_query_gets_data(project: Path)
                 pass
             until(lambda: watched.value("monitor_window_images") >= 100, lambda: "there are no gauges of a monitor")
             assert watched.value("monitor_drift_detected") == 0
+            assert (
+                watched.value("count(serving_log_dropped_rows_total == 0)") == 4
+            )  # so that the first row lost is seen
             assert load.failures == []
             assert watched.alerts().keys() - DEPENDS_ON_THE_MACHINE == set()
 
