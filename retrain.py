@@ -148,7 +148,7 @@ def gather(settings: Settings, rules: Rules, present: Present) -> Facts:
 
 
 def drift(rules: Rules, present: Present) -> dict[str, float] | None:
-    """The score of each part that drifted, 0 of the others; None where the window is too small or has no reference."""
+    """The score of each part, as `monitor` measures it; None where the window is too small or has no reference."""
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
@@ -166,7 +166,7 @@ def drift(rules: Rules, present: Present) -> dict[str, float] | None:
             print(f"nothing is known of drift: {error}")
             return None
         found = compare(read_reference(file), present.window)
-    return {part: found.score(part) if part in found.drifted_parts else 0.0 for part in PARTS}
+    return {part: found.score(part) for part in PARTS}
 
 
 def train(settings: Settings, rules: Rules, config: dict[str, Any], present: Present) -> str:

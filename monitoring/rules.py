@@ -49,7 +49,7 @@ class Facts:
     """What is known of the champion; None: not known."""
 
     drift: Mapping[str, float] | None = None
-    """By part of the comparison with the reference (monitoring.drift): its score if it drifted, else 0."""
+    """Score of each part of the comparison with the reference (monitoring.drift): from 1 on it drifted."""
     window_images: int = 0
     """Predictions of the champion in the window."""
     new_labels: int = 0

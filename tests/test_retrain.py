@@ -18,10 +18,12 @@ import mlflow
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from prediction_logs import log_rows, write_feedback, write_log
 from sklearn.datasets import load_digits
+from test_readme import check_mlflow_run
 from tracking_server import TrackingServer, copy_database
 
 import retrain
@@ -354,6 +356,22 @@ def test_of_two_at_once_one_trains_and_who_dies_or_stops_makes_room(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def test_the_cron_job_of_the_documentation_is_legal_and_restricted() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/retraining.md").read_text(), re.DOTALL | re.MULTILINE)
+    job = yaml.safe_load(block)
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (job["apiVersion"], job["kind"], pod["restartPolicy"]) == ("batch/v1", "CronJob", "Never")
+    # What the restricted Pod Security Standard asks for.
+    assert (
+        pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    )
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    program, run, *words = container["command"] + container["args"]
+    assert (program, run) == ("mlflow", "run")
+    check_mlflow_run(words)
 
 
 def test_a_turn_is_given_once_however_many_ask(project: Path) -> None:
