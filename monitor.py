@@ -50,9 +50,13 @@ def main(settings: Settings) -> None:
     from monitoring.prediction_log import read_feedback
     from monitoring.report import Report
     from monitoring.window import choose, span
-    from utils import RunFailed
+    from utils import RunFailed, UsageError
     from utils.tracking import start_run
 
+    if "@" in settings.push_gateway:  # it becomes a parameter of the run, for all to read
+        raise UsageError(
+            "push_gateway: received an address with a user or password, allowed: host:port or http://host:port"
+        )
     when = span(settings.hours, settings.since, settings.until)
     store = open_store(settings.log)
     origin, reference, model, version = fetch_reference(settings)

@@ -236,6 +236,7 @@ def test_what_cannot_be_compared_is_said_in_one_line_and_makes_no_run(digits: Di
         r"holds 200 of digits version 7, 150 of digits version 8; give version= or model_uri=",
         model_uri=f"runs:/{digits.run_id}/model",
     )
+    refused(r"^push_gateway: received an address with a user or password, allowed", push_gateway="http://a:secret@b:1")
     other = tmp_path / "other"
     classes = ("a", *CLASSES[1:])
     write_log(other, [row | {"class": "a"} for row in digits.rows(digits.images_NHWC[:120])], classes)
