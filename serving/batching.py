@@ -33,7 +33,7 @@ Outcome = tuple[np.ndarray, np.ndarray]
 """logits_NK and embeddings_NE."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # a frozen one takes four times as long to make
 class _Call:
     model: ServedModel
     images_NHWC: np.ndarray
@@ -57,6 +57,7 @@ class Batcher:
         """The model that predicted last, and how many seconds it takes for an image."""
         self._turn: list[_Call] = []
         """What the event loop predicts at the end of its present turn."""
+        self._turn_images = 0
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"predict-{n}", daemon=True) for n in range(threads)]
         self._loop = asyncio.get_running_loop()
@@ -75,12 +76,17 @@ class Batcher:
         self.images += count
         answer: asyncio.Future[Outcome] = self._loop.create_future()
         call = _Call(model, images_NHWC, answer, time.perf_counter() + self._max_delay_s)
-        if self._is_short([call]):
-            if not self._is_short([*self._turn, call]):
+        pace_of, image_s = self._pace
+        if pace_of is model and count * image_s <= SHORT_S and count <= self._max_batch:
+            images = count + self._turn_images
+            if self._turn and (
+                self._turn[0].model is not model or images > self._max_batch or images * image_s > SHORT_S
+            ):
                 self._end_turn()
             if not self._turn:
                 self._loop.call_soon(self._end_turn)
             self._turn.append(call)
+            self._turn_images += count
         else:
             self._calls.put(call)
         return await answer
@@ -93,14 +99,8 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _is_short(self, batch: list[_Call]) -> bool:
-        model, image_s = self._pace
-        images = sum(len(call.images_NHWC) for call in batch)
-        same = all(call.model is model for call in batch)
-        return same and images <= self._max_batch and images * image_s <= SHORT_S
-
     def _end_turn(self) -> None:
-        batch, self._turn = self._turn, []
+        batch, self._turn, self._turn_images = self._turn, [], 0
         if batch:
             self._predict(batch, self._answer)
 

@@ -141,7 +141,10 @@ class Shortcuts(Router):
 
 def header(scope: Scope, name: bytes) -> bytes:
     """The first header of that (lower-case) name, or nothing."""
-    return next((value for key, value in scope["headers"] if key == name), b"")
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
 
 
 async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:

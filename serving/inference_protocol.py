@@ -21,7 +21,7 @@ JSON_LENGTH = "inference-header-content-length"
 """Header with the number of bytes of JSON before the binary tensors, in requests and in responses."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inference:
     """What a request asks for."""
 

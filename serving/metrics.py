@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
-from serving.model import ServedModel, probabilities
+from serving.model import ServedModel
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -86,6 +86,7 @@ class Metrics:
         self.batch_images = Histogram("serving_batch_images", "Images in a batch", registry=r, buckets=IMAGES)
         self.batch_seconds = Histogram("serving_batch_seconds", "A batch in the network", registry=r, buckets=SECONDS)
         self.predictions = Counter("serving_predictions", "Images by predicted class", ["class"], registry=r)
+        self._of_class: dict[str, Counter] = {}
         self.confidence = Histogram(
             "serving_confidence", "Probability of the predicted class", registry=r, buckets=SHARES
         )
@@ -131,10 +132,11 @@ class Metrics:
         """Count a batch that was predicted."""
         self.batch_images.observe(len(logits_NK))
         self.batch_seconds.observe(seconds)
-        shares_NK = probabilities(logits_NK)
-        for label, share in zip(shares_NK.argmax(axis=1).tolist(), shares_NK.max(axis=1).tolist(), strict=True):
-            self.predictions.labels(model.classes[label]).inc()
-            self.confidence.observe(share)
+        # The largest share of a softmax is one over the sum of all, each against the largest.
+        sums_N = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True)).sum(axis=1)
+        for label, confidence in zip(logits_NK.argmax(axis=1).tolist(), (1 / sums_N).tolist(), strict=True):
+            self._of_class[model.classes[label]].inc()
+            self.confidence.observe(confidence)
 
     def serves(self, model: ServedModel, before: ServedModel | None = None) -> None:
         """Note the version that is served from now on."""
@@ -143,7 +145,7 @@ class Metrics:
             self.changes.inc()
         self.model.labels(model.name, model.version).set(1)
         for name in model.classes:  # a rate sees the first of its kind only if there was a 0 before it
-            self.predictions.labels(name)
+            self._of_class[name] = self.predictions.labels(name)
             for correct in TRUTH.values():
                 self._feedback.labels(name, correct)
 
