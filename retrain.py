@@ -76,20 +76,22 @@ def main(settings: Settings) -> None:
         facts = gather(settings, rules, present)
         decision = decide(facts, rules)
         run.metrics(facts.metrics())
-        outcome = "stopped" if decision.retrain else "not needed"
+        report(run, champion, decision, "under way" if decision.retrain else "not needed")
+        if not decision.retrain:
+            return
+        outcome = "stopped"
         try:
-            if decision.retrain:
-                with turns.take(run.id):
-                    trained_by = train(settings, rules, config, present)
-                    new = registry.challenger(champion, trained_by, {"retrain_run": run.id})
-                    run.tags({"training_run": trained_by, "new_version": new.version})
-                    better, why, accuracies = judge(settings, rules, run, new, present, Path(folder))
-                    outcome = f"champion stays: {why}"
-                    if better:
-                        run.flush()
-                        turns.check(run.id)
-                        registry.promote(new, run.id, accuracies)
-                        outcome = f"version {new.version} is champion: {why}"
+            with turns.take(run.id):
+                trained_by = train(settings, rules, config, present)
+                new = registry.challenger(champion, trained_by, {"retrain_run": run.id})
+                run.tags({"training_run": trained_by, "new_version": new.version})
+                better, why, accuracies = judge(settings, rules, run, new, present, Path(folder))
+                outcome = f"champion stays: {why}"
+                if better:
+                    run.flush()
+                    turns.check(run.id)
+                    registry.promote(new, run.id, accuracies)
+                    outcome = f"version {new.version} is champion: {why}"
         except Taken as taken:
             outcome = f"left it to another retrain: {taken}"
         except Exception as error:

@@ -325,6 +325,7 @@ def test_of_two_at_once_one_trains_and_who_dies_or_stops_makes_room(
         owner = turns()["retraining_1"]
         assert turns() == {"retraining_1": owner}
         until(lambda: is_training(owner))
+        assert client.get_run(owner).data.tags["outcome"] == "under way"
 
         # Killed without a word, its run stays RUNNING: at first another leaves, after a long silence it takes over.
         os.killpg(winner.pid, signal.SIGKILL)
