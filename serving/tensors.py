@@ -29,7 +29,8 @@ def json_object(text: bytes | memoryview) -> dict[str, Any]:
 def images_of_lists(data: Any, image_shape: Shape, where: str) -> np.ndarray:
     """Nested lists [n, H, W, C] of whole numbers 0..255 -> uint8 images_NHWC.
 
-    Plain lists and `bytes` take a fifth of the time of np.array, and refuse all but whole numbers that fit.
+    Plain lists and `bytearray` take a sixth of the time of np.array (`bytes` two fifths), and refuse all but whole numbers
+    that fit.
     """
     sizes = ", ".join(map(str, image_shape))
     wrong = RequestError(f"{where}: expected lists of the shape [n, {sizes}] of whole numbers from 0 to 255")
@@ -41,7 +42,7 @@ def images_of_lists(data: Any, image_shape: Shape, where: str) -> np.ndarray:
             if set(map(len, data)) != {side}:
                 raise wrong
             data = list(chain.from_iterable(data))
-        return np.frombuffer(bytes(data), np.uint8).reshape(count, *image_shape)
+        return np.frombuffer(bytearray(data), np.uint8).reshape(count, *image_shape)
     except (TypeError, ValueError):
         raise wrong from None
 
@@ -53,7 +54,7 @@ def images_of_text(text: bytes, image_shape: Shape) -> np.ndarray | None:
     """
     try:
         flat = orjson.loads(b"[" + text.translate(_BRACKETS_TO_SPACES) + b"]")
-        images_NHWC = np.frombuffer(bytes(flat), np.uint8).reshape(-1, *image_shape)
+        images_NHWC = np.frombuffer(bytearray(flat), np.uint8).reshape(-1, *image_shape)
     except (TypeError, ValueError):
         return None
     again = orjson.dumps(images_NHWC, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -63,7 +64,7 @@ def images_of_text(text: bytes, image_shape: Shape) -> np.ndarray | None:
 def images_of_flat_list(data: list[Any], count: int, image_shape: Shape, where: str) -> np.ndarray:
     """A flat list of whole numbers 0..255 -> uint8 images_NHWC."""
     try:
-        return np.frombuffer(bytes(data), np.uint8).reshape(count, *image_shape)
+        return np.frombuffer(bytearray(data), np.uint8).reshape(count, *image_shape)
     except (TypeError, ValueError):
         shape = ", ".join(map(str, (count, *image_shape)))
         raise RequestError(f"{where}: expected whole numbers from 0 to 255, as many as [{shape}] says") from None
