@@ -29,8 +29,8 @@ def json_object(text: bytes | memoryview) -> dict[str, Any]:
 def images_of_lists(data: Any, image_shape: Shape, where: str) -> np.ndarray:
     """Nested lists [n, H, W, C] of whole numbers 0..255 -> uint8 images_NHWC.
 
-    Plain lists and `bytearray` take a sixth of the time of np.array (`bytes` two fifths), and refuse all but whole numbers
-    that fit.
+    Plain lists and `bytearray` take a sixth of the time of np.array (`bytes` two fifths), and refuse all but whole
+    numbers that fit.
     """
     sizes = ", ".join(map(str, image_shape))
     wrong = RequestError(f"{where}: expected lists of the shape [n, {sizes}] of whole numbers from 0 to 255")
