@@ -1,6 +1,7 @@
 """Requests a second and 99th percentile of our service against `mlflow models serve` and MLServer, same model and body.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --sweep
 
 All servers run at once on this machine and are asked in turns, by wrk with 8 connections, one 32x32 image a request;
 medians over the turns. MLServer gets an environment of its own (uv) and calls ONNX Runtime itself, in its own process
@@ -8,6 +9,8 @@ medians over the turns. MLServer gets an environment of its own (uv) and calls O
 which is what nobody can pass.
 
 Goals: 10 times `mlflow models serve`; 4 times MLServer, with a lower 99th percentile. The last line is MLServer's.
+
+`--sweep` prints the table of docs/serving-report.md instead: our service and MLServer, each with other settings.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,6 +48,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE, CLASSES = (32, 32, 3), tuple("0123456789")
 MLSERVER = "1.7.1"
 CONNECTIONS, SECONDS, TURNS = 8, 5, 5
+SWEEP_CONNECTIONS, SWEEP_SECONDS, SWEEP_TURNS = (8, 64), 2, 3
+OURS = (
+    "",
+    "--max_delay_us=0",
+    "--max_delay_us=1000",
+    "--max_batch=1",
+    "--max_batch=8",
+    "--threads=2",
+    "--workers=2",
+)
+THEIRS: dict[str, dict[str, float]] = {
+    "parallel_workers: 0": {"parallel_workers": 0},
+    "parallel_workers: 1 (its default)": {"parallel_workers": 1},
+    "parallel_workers: 2": {"parallel_workers": 2},
+    "parallel_workers: 0, batches of 8 in 1 ms": {"parallel_workers": 0, "max_batch_size": 8, "max_batch_time": 0.001},
+}
 PATIENCE_S = 120
 
 MLSERVER_RUNTIME = """
@@ -119,7 +138,7 @@ def main() -> None:
         ports = [free_port() for _ in range(3)]
         processes = [
             servers.enter_context(mlflow_server(uri, ports[0])),
-            servers.enter_context(mlserver(model, ports[1], folder)),
+            servers.enter_context(mlserver(model, ports[1], folder, mlserver_environment(folder))),
             servers.enter_context(our_server(model, ports[2])),
         ]
         sides = requests(image_NHWC, *zip(ports, processes, strict=True))
@@ -128,11 +147,7 @@ def main() -> None:
             ask(side, folder, seconds=1)
         for _ in range(TURNS):
             for side in sides.values():
-                before_s = cpu_s(side.server)
-                count, rate, p99_ms = ask(side, folder, SECONDS)
-                side.rates.append(rate)
-                side.p99s_ms.append(p99_ms)
-                side.costs_us.append((cpu_s(side.server) - before_s) / count * 1e6)
+                measure(side, folder, SECONDS)
         alone = {batch: in_process(model, batch) for batch in (1, 64)}
     for side in sides.values():
         cost_us = statistics.median(side.costs_us)
@@ -144,6 +159,58 @@ def main() -> None:
     print(f"load average of the last minute on {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
     show("against mlflow models serve, MLflow's protocol (goal 10)", sides["ours, MLflow"], sides["mlflow"])
     show("against MLServer, inference protocol, JSON (goal 4)", sides["ours, v2"], sides["MLServer"])
+
+
+def sweep() -> None:
+    """Start every variant, ask them in turns with few and with many connections, print a table in Markdown."""
+    with TemporaryDirectory() as scratch, ExitStack() as servers:
+        folder = Path(scratch)
+        model, _ = make_model(folder)
+        image_NHWC = np.random.default_rng(0).integers(0, 256, (1, *SHAPE), np.uint8)
+        sides: dict[int, list[Side]] = {connections: [] for connections in SWEEP_CONNECTIONS}
+
+        def add(name: str, port: int, process: psutil.Process) -> None:
+            for each in sides.values():
+                each.append(replace(requests(image_NHWC, *[(port, process)] * 3)["ours, v2"], name=name))
+                each[-1].rates, each[-1].p99s_ms, each[-1].costs_us = [], [], []
+
+        for flag in OURS:
+            port = free_port()
+            name = f"ours, {flag.removeprefix('--') or 'defaults'}"
+            add(name, port, servers.enter_context(our_server(model, port, *filter(None, [flag]))))
+        environment = mlserver_environment(folder)
+        for name, settings in THEIRS.items():
+            port = free_port()
+            process = servers.enter_context(mlserver(model, port, folder, environment, **settings))
+            add(f"MLServer, {name}", port, process)
+        for connections, each in sides.items():
+            for side in each:
+                wait_for(side)
+                ask(side, folder, seconds=1, connections=connections)
+        for _ in range(SWEEP_TURNS):
+            for connections, each in sides.items():
+                for side in each:
+                    measure(side, folder, SWEEP_SECONDS, connections)
+    head = [f"{connections} connections: requests/s | spread | p99 ms | us each" for connections in sides]
+    print(f"| settings | {' | '.join(head)} |")
+    print("|---" + "|--:" * 4 * len(sides) + "|")
+    for pair in zip(*sides.values(), strict=True):
+        cells = [
+            f"{side.rate:,.0f} | {min(side.rates):,.0f} to {max(side.rates):,.0f} | {side.p99_ms:.1f} | "
+            f"{statistics.median(side.costs_us):,.0f}"
+            for side in pair
+        ]
+        print(f"| {pair[0].name} | {' | '.join(cells)} |")
+    print(f"load average of the last minute on {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
+
+
+def measure(side: Side, folder: Path, seconds: int, connections: int = CONNECTIONS) -> None:
+    """One turn of load on a server, noted on its side."""
+    before_s = cpu_s(side.server)
+    count, rate, p99_ms = ask(side, folder, seconds, connections)
+    side.rates.append(rate)
+    side.p99s_ms.append(p99_ms)
+    side.costs_us.append((cpu_s(side.server) - before_s) / count * 1e6)
 
 
 def requests(image_NHWC: np.ndarray, *servers: tuple[int, psutil.Process]) -> dict[str, Side]:
@@ -181,9 +248,9 @@ def make_model(folder: Path) -> tuple[Path, str]:
         return path, log_onnx_model(run.info.run_id, path, np.zeros((1, *SHAPE), np.uint8))
 
 
-def our_server(model: Path, port: int) -> AbstractContextManager[psutil.Process]:
-    """`serve` with its defaults."""
-    return started([sys.executable, str(ROOT / "serve.py"), f"--model_uri={model}", f"--port={port}"])
+def our_server(model: Path, port: int, *flags: str) -> AbstractContextManager[psutil.Process]:
+    """`serve` with its defaults but for the flags."""
+    return started([sys.executable, str(ROOT / "serve.py"), f"--model_uri={model}", f"--port={port}", *flags])
 
 
 def mlflow_server(uri: str, port: int) -> AbstractContextManager[psutil.Process]:
@@ -192,19 +259,29 @@ def mlflow_server(uri: str, port: int) -> AbstractContextManager[psutil.Process]
     return started([*command, "--env-manager", "local"])
 
 
-def mlserver(model: Path, port: int, folder: Path) -> AbstractContextManager[psutil.Process]:
-    """MLServer in an environment of its own, with a runtime of a few lines over ONNX Runtime."""
-    environment, project = folder / "mlserver", folder / "mlserver-project"
+def mlserver_environment(folder: Path) -> Path:
+    """MLServer's own environment, with our release of ONNX Runtime."""
+    environment = folder / "mlserver"
     uv = str(shutil.which("uv", path=search_path()))
     subprocess.run([uv, "venv", "--quiet", "--python", "3.11", environment], check=True)
-    packages = [f"mlserver=={MLSERVER}", f"onnxruntime=={version('onnxruntime')}"]
+    # Its worker processes do not start with a later uvloop ("There is no current event loop").
+    packages = [f"mlserver=={MLSERVER}", f"onnxruntime=={version('onnxruntime')}", "uvloop<0.22"]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", environment / "bin/python", *packages], check=True)
+    return environment
+
+
+def mlserver(
+    model: Path, port: int, folder: Path, environment: Path, parallel_workers: float = 0, **batching: float
+) -> AbstractContextManager[psutil.Process]:
+    """MLServer with a runtime of a few lines over ONNX Runtime."""
+    project = folder / f"mlserver-{port}"
     project.mkdir()
     (project / "runtime.py").write_text(MLSERVER_RUNTIME)
     settings = {"name": "classifier", "implementation": "runtime.Classifier", "parameters": {"uri": str(model)}}
-    (project / "model-settings.json").write_text(json.dumps(settings))
-    server = {"http_port": port, "grpc_port": free_port(), "metrics_port": free_port(), "parallel_workers": 0}
-    (project / "settings.json").write_text(json.dumps({"host": "127.0.0.1", **server}))
+    (project / "model-settings.json").write_text(json.dumps({**settings, **batching}))
+    ports = {"http_port": port, "grpc_port": free_port(), "metrics_port": free_port()}
+    server = {"host": "127.0.0.1", "parallel_workers": parallel_workers, **ports}
+    (project / "settings.json").write_text(json.dumps(server))
     return started([str(environment / "bin/mlserver"), "start", str(project)], cwd=project)
 
 
@@ -242,13 +319,23 @@ def cpu_s(process: psutil.Process) -> float:
     return sum(each.user + each.system for each in times)
 
 
-def ask(side: Side, folder: Path, seconds: int) -> tuple[int, float, float]:
+def ask(side: Side, folder: Path, seconds: int, connections: int = CONNECTIONS) -> tuple[int, float, float]:
     """Requests, requests a second and the 99th percentile in ms of `seconds` of load; any error ends the benchmark."""
     body, script = folder / "body", folder / "wrk.lua"
     body.write_bytes(side.body)
     headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in side.headers.items())
     script.write_text(WRK_SCRIPT.format(path=side.path, body=body, headers=headers))
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(script), f"http://127.0.0.1:{side.port}"]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--timeout",
+        "30s",
+        "-s",
+        str(script),
+        f"http://127.0.0.1:{side.port}",
+    ]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     count, duration_us, p99_us, errors = map(int, output.split("RESULT ")[1].split())
     if errors:
@@ -295,4 +382,4 @@ def search_path() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sweep() if sys.argv[1:] == ["--sweep"] else main()
