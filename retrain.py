@@ -73,6 +73,11 @@ def main(settings: Settings) -> None:
     turns = Turns(model_run(champion.uri))
     with start_run(settings, "retrain", about=("retrain", settings.name)) as run, TemporaryDirectory() as folder:
         present = look(settings, champion, turns, Path(folder))
+        data = present.data
+        run.dataset(
+            name=data.name, digest=data.digest, source=data.source, context="retraining", profile=data.profile()
+        )
+        run.tags(data.version)
         facts = gather(settings, rules, present)
         decision = decide(facts, rules)
         run.metrics(facts.metrics())
@@ -220,8 +225,8 @@ def judge(
 def report(run: Run, champion: Candidate, decision: Decision, outcome: str) -> None:
     """Decision and outcome: on the screen, as tags and as the run's description."""
     answer = "yes" if decision.retrain else "no"
-    run.tags({"model_name": champion.name, "model_version": champion.version, "outcome": outcome})
-    run.tags({"decision": answer, "rules": decision.rules})
+    about = {"model_name": champion.name, "model_version": champion.version}
+    run.tags({**about, "decision": answer, "rules": decision.rules, "outcome": outcome})
     said = f"**Retrain version {champion.version} of {champion.name}: {answer}**, {decision.reason}."
     run.describe(f"{said}\n\n**Outcome**: {outcome}.\n\n{decision.table()}")
     print(f"retrain version {champion.version} of {champion.name}: {answer}, {decision.reason}")

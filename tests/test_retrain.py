@@ -130,6 +130,8 @@ def test_a_better_model_becomes_champion_and_says_where_it_comes_from(team: Path
     tags, metrics = look.data.tags, look.data.metrics
     assert (look.info.status, tags["decision"], tags["rules"]) == ("FINISHED", "yes", "new labels")
     assert metrics["champion/new_labels"] == ALL - SMALL
+    (used,) = look.inputs.dataset_inputs
+    assert used.dataset.name == str(ALL) and tags["data_digest"] == load(f"{ALL}.npz", data_dir=Path("data")).digest
     new = client.get_model_version("better", "2")
     (training,) = trainings_of(look)
     assert tags["training_run"] == new.run_id == training.info.run_id
