@@ -5,10 +5,12 @@
 
 All servers run at once on this machine and are asked in turns, by wrk with 8 connections, one 32x32 image a request;
 medians over the turns. MLServer gets an environment of its own (uv) and calls ONNX Runtime itself, in its own process
-(`parallel_workers: 0`), without adaptive batching. Beside them: our binary protocol, and ONNX Runtime in this process,
-which is what nobody can pass.
+(`parallel_workers: 0`), without adaptive batching: of its settings the fastest, as `--sweep` shows. Ours runs with its
+defaults, and once more with a process for each core. Beside them: our binary protocol, and ONNX Runtime in this
+process, which is what nobody can pass.
 
-Goals: 10 times `mlflow models serve`; 4 times MLServer, with a lower 99th percentile. The last line is MLServer's.
+Goals: 10 times `mlflow models serve`; 4 times MLServer, with a lower 99th percentile. The last line is MLServer's
+against ours on all cores; the one before it has one process against one.
 
 `--sweep` prints the table of docs/serving-report.md instead: our service and MLServer, each with other settings.
 """
@@ -135,11 +137,12 @@ def main() -> None:
         folder = Path(scratch)
         model, uri = make_model(folder)
         image_NHWC = np.random.default_rng(0).integers(0, 256, (1, *SHAPE), np.uint8)
-        ports = [free_port() for _ in range(3)]
+        ports = [free_port() for _ in range(4)]
         processes = [
             servers.enter_context(mlflow_server(uri, ports[0])),
             servers.enter_context(mlserver(model, ports[1], folder, mlserver_environment(folder))),
             servers.enter_context(our_server(model, ports[2])),
+            servers.enter_context(our_server(model, ports[3], f"--workers={os.cpu_count()}")),
         ]
         sides = requests(image_NHWC, *zip(ports, processes, strict=True))
         for side in sides.values():
@@ -158,7 +161,9 @@ def main() -> None:
         print(f"ONNX Runtime in process, batch {batch}: {rate:,.0f} images/s")
     print(f"load average of the last minute on {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
     show("against mlflow models serve, MLflow's protocol (goal 10)", sides["ours, MLflow"], sides["mlflow"])
-    show("against MLServer, inference protocol, JSON (goal 4)", sides["ours, v2"], sides["MLServer"])
+    against = "against MLServer, inference protocol, JSON (goal 4)"
+    show(f"{against}, one process each", sides["ours, v2"], sides["MLServer"])
+    show(f"{against}, ours with a process for each core", sides["ours, all cores"], sides["MLServer"])
 
 
 def sweep() -> None:
@@ -171,7 +176,7 @@ def sweep() -> None:
 
         def add(name: str, port: int, process: psutil.Process) -> None:
             for each in sides.values():
-                each.append(replace(requests(image_NHWC, *[(port, process)] * 3)["ours, v2"], name=name))
+                each.append(replace(requests(image_NHWC, *[(port, process)] * 4)["ours, v2"], name=name))
                 each[-1].rates, each[-1].p99s_ms, each[-1].costs_us = [], [], []
 
         for flag in OURS:
@@ -214,8 +219,8 @@ def measure(side: Side, folder: Path, seconds: int, connections: int = CONNECTIO
 
 
 def requests(image_NHWC: np.ndarray, *servers: tuple[int, psutil.Process]) -> dict[str, Side]:
-    """The same image in every protocol, for the ports and processes of MLflow, MLServer and ours."""
-    (mlflow_port, mlflow_process), (mlserver_port, mlserver_process), (our_port, ours) = servers
+    """The same image in every protocol, for the ports and processes of MLflow, MLServer, ours and ours on all cores."""
+    (mlflow_port, mlflow_process), (mlserver_port, mlserver_process), (our_port, ours), (many_port, many) = servers
     tensor = {"name": "images", "shape": list(image_NHWC.shape), "datatype": "UINT8"}
     scoring = json.dumps({"inputs": image_NHWC.tolist()}).encode()
     inference = json.dumps({"inputs": [{**tensor, "data": image_NHWC.ravel().tolist()}]}).encode()
@@ -233,6 +238,7 @@ def requests(image_NHWC: np.ndarray, *servers: tuple[int, psutil.Process]) -> di
         "MLServer": Side(f"MLServer {MLSERVER}", mlserver_port, infer, inference, as_json, mlserver_process),
         "ours, MLflow": Side("ours, MLflow's protocol", our_port, "/invocations", scoring, as_json, ours),
         "ours, v2": Side("ours, inference protocol, JSON", our_port, infer, inference, as_json, ours),
+        "ours, all cores": Side("ours, JSON, all cores", many_port, infer, inference, as_json, many),
         "ours, binary": Side("ours, inference protocol, binary", our_port, infer, binary + raw, as_bytes, ours),
     }
 
