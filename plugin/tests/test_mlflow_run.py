@@ -120,6 +120,23 @@ def test_this_project_comes_to_the_same_in_docker_as_locally(loopback_server: Se
     assert len(images) == 1
 
 
+def test_retrain_trains_in_a_container_and_promotes_what_comes_out(loopback_server: Server, checkout: Path) -> None:
+    client = MlflowClient()
+    first = run(checkout, ".", "--env-manager", "local", "-P", "epochs=1", "-P", "register_as=digits")
+    client.set_registered_model_alias("digits", "champion", "1")
+    (checkout / "rules.toml").write_text("[training]\nepochs = 6\n")
+    asked = {"name": "digits", "rules": "rules.toml", "force": "true", "backend": "docker"}
+    words = [word for name, value in asked.items() for word in ("-P", f"{name}={value}")]
+    retrain = [*words, "-P", f"backend_config={json.dumps(CONFIG)}"]
+    training = client.get_run(run(checkout, ".", "--env-manager", "local", "--entry-point", "retrain", *retrain))
+    assert (training.data.tags["venue"], training.data.params["epochs"]) == ("docker", "6")
+    look = client.get_run(training.data.tags["mlflow.parentRunId"])
+    assert (look.info.status, look.data.tags["venue"]) == ("FINISHED", "local")
+    assert look.data.tags["training_run"] == training.info.run_id != first
+    assert look.data.metrics["test/accuracy"] == training.data.metrics["test/accuracy"]
+    assert str(client.get_registered_model("digits").aliases["champion"]) == "2", look.data.tags["outcome"]
+
+
 def test_a_server_that_is_away_for_half_a_minute_costs_nothing(
     loopback_server: Server, checkout: Path, start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
