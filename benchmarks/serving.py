@@ -49,7 +49,7 @@ from utils.artifacts import log_onnx_model
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, CLASSES = (32, 32, 3), tuple("0123456789")
 MLSERVER = "1.7.1"
-CONNECTIONS, SECONDS, TURNS = 8, 5, 5
+CONNECTIONS, SECONDS, TURNS = 8, 2, 11
 SWEEP_CONNECTIONS, SWEEP_SECONDS, SWEEP_TURNS = (8, 64), 2, 3
 OURS = (
     "",
@@ -233,10 +233,10 @@ def requests(image_NHWC: np.ndarray, *servers: tuple[int, psutil.Process]) -> di
     as_json = {"Content-Type": "application/json"}
     as_bytes = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(binary))}
     infer = "/v2/models/classifier/infer"
-    return {
+    return {  # in this order they are asked: what is compared comes one after the other
         "mlflow": Side("mlflow models serve", mlflow_port, "/invocations", scoring, as_json, mlflow_process),
-        "MLServer": Side(f"MLServer {MLSERVER}", mlserver_port, infer, inference, as_json, mlserver_process),
         "ours, MLflow": Side("ours, MLflow's protocol", our_port, "/invocations", scoring, as_json, ours),
+        "MLServer": Side(f"MLServer {MLSERVER}", mlserver_port, infer, inference, as_json, mlserver_process),
         "ours, v2": Side("ours, inference protocol, JSON", our_port, infer, inference, as_json, ours),
         "ours, all cores": Side("ours, JSON, all cores", many_port, infer, inference, as_json, many),
         "ours, binary": Side("ours, inference protocol, binary", our_port, infer, binary + raw, as_bytes, ours),
