@@ -52,6 +52,8 @@ class Present:
     data: Dataset
     window: Window | None
     feedback: Feedback | None
+    folder: Path
+    """For what has to be downloaded."""
 
 
 def main(settings: Settings) -> None:
@@ -73,14 +75,12 @@ def main(settings: Settings) -> None:
     turns = Turns(model_run(champion.uri))
     with start_run(settings, "retrain", about=("retrain", settings.name)) as run, TemporaryDirectory() as folder:
         present = look(settings, champion, turns, Path(folder))
-        data = present.data
-        run.dataset(
-            name=data.name, digest=data.digest, source=data.source, context="retraining", profile=data.profile()
-        )
-        run.tags(data.version)
         facts = gather(settings, rules, present)
         decision = decide(facts, rules)
         run.metrics(facts.metrics())
+        data = {"name": present.data.name, "digest": present.data.digest, "source": present.data.source}
+        run.dataset(**data, context="retraining", profile=present.data.profile())
+        run.tags(present.data.version)
         report(run, champion, decision, "under way" if decision.retrain else "not needed")
         if not decision.retrain:
             return
@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
                 trained_by = train(settings, rules, config, present)
                 new = registry.challenger(champion, trained_by, {"retrain_run": run.id})
                 run.tags({"training_run": trained_by, "new_version": new.version})
-                better, why, accuracies = judge(settings, rules, run, new, present, Path(folder))
+                better, why, accuracies = judge(settings, rules, run, new, present)
                 outcome = f"champion stays: {why}"
                 if better:
                     run.flush()
@@ -127,10 +127,10 @@ def look(settings: Settings, champion: Candidate, turns: Turns, folder: Path) ->
         on_error=settings.on_error,
     )
     if not settings.log:
-        return Present(champion, model, turns, data, None, None)
+        return Present(champion, model, turns, data, None, None, folder)
     store, when = open_store(settings.log), span(settings.hours)
     window = read_window(store, when.since, when.until, model=champion.name, version=champion.version)
-    return Present(champion, model, turns, data, window, read_feedback(store, window))
+    return Present(champion, model, turns, data, window, read_feedback(store, window), folder)
 
 
 def gather(settings: Settings, rules: Rules, present: Present) -> Facts:
@@ -156,9 +156,6 @@ def gather(settings: Settings, rules: Rules, present: Present) -> Facts:
 
 def drift(rules: Rules, present: Present) -> dict[str, float] | None:
     """The score of each part, as `monitor` measures it; None where the window is too small or has no reference."""
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
     from monitoring.drift import PARTS, compare
     from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, read_reference
     from utils import UsageError
@@ -166,13 +163,12 @@ def drift(rules: Rules, present: Present) -> dict[str, float] | None:
 
     if present.window is None or len(present.window) < rules.window_images:
         return None
-    with TemporaryDirectory() as folder:
-        try:
-            file = fetch_run_file(present.turns.trained_by, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", Path(folder))
-        except UsageError as error:
-            print(f"nothing is known of drift: {error}")
-            return None
-        found = compare(read_reference(file), present.window)
+    try:
+        file = fetch_run_file(present.turns.trained_by, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", present.folder)
+    except UsageError as error:
+        print(f"nothing is known of drift: {error}")
+        return None
+    found = compare(read_reference(file), present.window)
     return {part: found.score(part) for part in PARTS}
 
 
@@ -192,7 +188,7 @@ def train(settings: Settings, rules: Rules, config: dict[str, Any], present: Pre
 
 
 def judge(
-    settings: Settings, rules: Rules, run: Run, new: Candidate, present: Present, folder: Path
+    settings: Settings, rules: Rules, run: Run, new: Candidate, present: Present
 ) -> tuple[bool, str, dict[str, float]]:
     """Both models on the held-out images and on labelled ones of the window: is it better, why, and the accuracies."""
     import numpy as np
@@ -204,8 +200,8 @@ def judge(
     from monitoring.rules import better
     from utils.artifacts import fetch_model
 
-    model, data, window, feedback = fetch_model(new.uri, folder / "new"), present.data, present.window, present.feedback
-    models = OnnxClassifier(model.path), present.model
+    data, window, feedback = present.data, present.window, present.feedback
+    models = OnnxClassifier(fetch_model(new.uri, present.folder / "new").path), present.model
     duels = {"test": duel(*models, data.images_NHWC, data.rows["test"], data.labels_N[data.rows["test"]])}
     if window is not None and feedback is not None:
         told = dict(zip(feedback.rows_F.tolist(), feedback.labels, strict=True))
