@@ -6,12 +6,13 @@ Our own service and Triton both answer. What the model takes and gives, and unde
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-PROTOCOLS = ("http", "grpc")
+ADDRESS = re.compile(r"(?:(https?)://)?((?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5}))/?")
 REFUSED = ("401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED")
 ABSENT = ("404", "StatusCode.NOT_FOUND")
 AWAY = ("StatusCode.UNAVAILABLE",)
@@ -46,9 +47,10 @@ class Remote:
     def __init__(self, url: str, protocol: str, token: str = "", timeout_s: float = 30) -> None:
         """`url` is HOST:PORT, perhaps with http:// or https:// before it (for gRPC too: with TLS or without)."""
         self.url, self._protocol, self._token = url, protocol, token
-        scheme, _, address = url.rpartition("://")
-        if scheme not in ("", "http", "https") or not address:
+        parts = ADDRESS.fullmatch(url)
+        if not parts or int(parts[3]) > 65535:
             raise RemoteError(f"url is '{url}'; allowed: HOST:PORT, http://HOST:PORT and https://HOST:PORT", 2)
+        scheme, address = parts[1], parts[2]
         self._api: Any = importlib.import_module(f"tritonclient.{protocol}")
         options: dict[str, Any] = {"ssl": scheme == "https"}
         self._each: dict[str, Any] = {"headers": {"authorization": f"Bearer {token}"} if token else None}
@@ -57,10 +59,7 @@ class Remote:
             options["ssl_context_factory"] = importlib.import_module("gevent.ssl").create_default_context
         else:
             self._each["client_timeout"] = timeout_s
-        try:
-            self._client = self._api.InferenceServerClient(address.rstrip("/"), **options)
-        except Exception as error:
-            raise RemoteError(f"url is '{url}', which is no address: {error}", 2) from error
+        self._client = self._api.InferenceServerClient(address, **options)
 
     def __enter__(self) -> Remote:
         return self

@@ -192,7 +192,9 @@ def test_nobody_there(project: Path, capsys: pytest.CaptureFixture[str], protoco
     assert error.exit_code == 1
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1:80", "http://", "127.0.0.1:port", "a b"])
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1:80", "http://", "127.0.0.1:port", "a b:80", "127.0.0.1", "127.0.0.1:99999"]
+)
 def test_no_address(project: Path, capsys: pytest.CaptureFixture[str], url: str) -> None:
     error = refused(capsys, url=url)
     assert url in str(error)
