@@ -351,6 +351,7 @@ def test_mariadb_with_clients_that_reach_s3(
         client = stack.sign_in(monkeypatch)
         assert stack.containers().keys() == {"mariadb", "s3", "server"}
         monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{stack.given['S3_PORT']}")
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep these keys for later tests
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", stack.values["S3_ACCESS_KEY"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", stack.values["S3_SECRET_KEY"])
         names = ["실험 😀", "실험 🚀", "заметки 笔记", "Заметки 笔记"]

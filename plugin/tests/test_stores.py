@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from mlflow import MlflowClient
 
@@ -28,6 +29,7 @@ def in_s3(
     object_storage: ObjectStorage, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ObjectStorage]:
     """A tracking database here, its artifacts in a bucket; the environment has the credentials."""
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the keys that it had at first
     for name, value in object_storage.environment().items():
         monkeypatch.setenv(name, value)
     uri = use_store(empty_store, tmp_path / "store", f"s3://runs/{tmp_path.name}")
