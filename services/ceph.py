@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from process import run_to_end
 from settings import Refused
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
@@ -103,13 +104,14 @@ class Ceph:
             self._do("ceph-authtool", keyring, "--gen-key", "--name", who, *words)
         address = f"[v2:127.0.0.1:{about['monitor_port']}]"
         self._do("monmaptool", "--create", "--fsid", about["cluster"], "--addv", "a", address, monitors)
-        self._do("ceph-mon", "-i", "a", "--mkfs", "--monmap", monitors, "--keyring", keyring)
+        self._do("ceph-mon", "-f", "-i", "a", "--mkfs", "--monmap", monitors, "--keyring", keyring)
         monitor = subprocess.Popen(
             DAEMONS["ceph-mon"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
             self._do("ceph", "osd", "new", osd)
-            self._do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+            # -f: without it, a child of its own would do the work, and outlive a Ctrl-C.
+            self._do("ceph-osd", "-f", "-i", "0", "--mkfs", "--osd-uuid", osd)
         finally:
             monitor.terminate()
             monitor.wait()
@@ -135,9 +137,7 @@ class Ceph:
     def _do(self, *command: Any, text: str | None = None) -> str:
         words = [str(word) for word in command]
         try:
-            done = subprocess.run(
-                words, env=self.environment, input=text, capture_output=True, text=True, timeout=TIMEOUT_S
-            )
+            done = run_to_end(words, text=text, timeout_s=TIMEOUT_S, env=self.environment)
         except subprocess.TimeoutExpired:
             raise Refused(f"{words[0]} did not end in {TIMEOUT_S} s; the S3 server does not work here", 1) from None
         if done.returncode:

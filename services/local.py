@@ -28,7 +28,7 @@ from pathlib import Path
 
 import ceph
 import settings
-from process import Process, as_user
+from process import Process, as_user, run_to_end
 from settings import Refused
 
 DATA = settings.FOLDER / "data"
@@ -332,9 +332,7 @@ def _as_database(program: str, *words: str, text: str = "") -> None:
     """Run one of PostgreSQL's programs to its end, with text on standard input."""
     user = database_user()
     command = [postgresql_program(program), *words]
-    done = subprocess.run(
-        command, input=text, text=True, capture_output=True, env=_plain_environment(), cwd="/", **as_user(user)
-    )
+    done = run_to_end(command, text=text, env=_plain_environment(), cwd="/", **as_user(user))
     if user and "Permission denied" in done.stderr and str(DATA) in done.stderr:
         name = pwd.getpwuid(user[0]).pw_name
         raise Refused(f"{name}, as whom PostgreSQL runs for root, cannot reach {DATA}; move the project elsewhere")

@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,36 @@ STOP_TIMEOUT_S = 60
 def as_user(user: tuple[int, int] | None) -> dict[str, Any]:
     """The arguments of subprocess for another user and group, and none of this one's."""
     return {} if user is None else {"user": user[0], "group": user[1], "extra_groups": []}
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C counts only when the block has ended: within it, a program may have started that nobody knows of yet."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(signal.SIGINT, None)
+
+
+def run_to_end(
+    command: Sequence[str], *, text: str | None = None, timeout_s: float | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """subprocess.run with text, which after Ctrl-C goes on only once the program is gone: it writes files of ours."""
+    pipe, program = subprocess.PIPE, None
+    try:
+        with uninterrupted():
+            program = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **more)
+        output, errors = program.communicate(text, timeout_s)
+    except BaseException:
+        if program:
+            program.kill()
+            program.wait()
+        raise
+    return subprocess.CompletedProcess(command, program.returncode, output, errors)
 
 
 @dataclass(frozen=True)
@@ -45,7 +76,7 @@ class Process:
         """Run the command detached from this one, as the user and group given."""
         if self.log.exists():
             self.log.replace(f"{self.log}.1")
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, uninterrupted():
             started = subprocess.Popen(
                 command,
                 env=environment,
@@ -56,9 +87,9 @@ class Process:
                 cwd="/",
                 **as_user(user),
             )
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(f"{started.pid} {_started_at(started.pid)}")
-        partial.replace(self._file)
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(f"{started.pid} {_started_at(started.pid)}")
+            partial.replace(self._file)
 
     def pid(self) -> int | None:
         """The process's id while it runs."""
