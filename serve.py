@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from utils.model_versions import Fetched, ModelVersions
 from utils.runtime import launch
 from utils.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from starlette.routing import Router
 
-    from monitoring.distance import Distances
     from serving.model import ServedModel
     from serving.prediction_log import Place
-
-UNREGISTERED_NAME, ONLY_VERSION = "classifier", "1"
-"""What a model that is in no registry is called."""
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A version's files on this machine."""
-
-    model: Path
-    reference: Path | None
 
 
 @dataclass(frozen=True)
@@ -57,19 +48,14 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Settings, model, service until it is stopped."""
-    import os
-    from functools import partial
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
     from serving.server import serve
     from utils.artifacts import PATIENCE
 
     for name, value in PATIENCE.items():  # a server that is away is told of after seconds, and asked again later
         os.environ.setdefault(name, value)
-    source = Source(settings.model_uri, logged=bool(settings.log))
+    source = Source(settings)
     with TemporaryDirectory() as folder:
-        begin_log(settings)
+        log_place(settings, begins=True)
         version = source.latest()
         fetched = source.fetch(version, Path(folder))
         source.ready(version, fetched)  # a model that does not load is told here, in one line
@@ -85,14 +71,12 @@ def main(settings: Settings) -> None:
 
 def application(settings: Settings, version: str, fetched: Fetched) -> Router:
     """The ASGI application of one worker, which starts with the model that is fetched already."""
-    import os
-
     from data_loader.images import decode_image
     from serving import app
     from serving.http import Limits
     from serving.prediction_log import Rules
 
-    source = Source(settings.model_uri, logged=bool(settings.log))
+    source = Source(settings)
     options = app.Options(
         max_batch=settings.max_batch,
         max_delay_us=settings.max_delay_us,
@@ -106,85 +90,39 @@ def application(settings: Settings, version: str, fetched: Fetched) -> Router:
     return app.application(model, decode_image, options, source if source.alias else None, log_place(settings))
 
 
-def begin_log(settings: Settings) -> None:
-    """See that the log can be written, and how much room its images leave."""
-    if settings.log:
-        from functools import partial
+def log_place(settings: Settings, *, begins: bool = False) -> Place | None:
+    """Where the log lies and how images are described and written there; None without a log.
 
-        from data_loader.store import check_store, store_to_write
-        from serving.prediction_log import IMAGES
-        from serving.room import Room
-
-        store = store_to_write(settings.log)
-        check_store(store, settings.log)
-        if settings.keep_images:
-            Room(store.spool, settings.keep_mb * 2**20).watch(partial(store.size, IMAGES))
-
-
-def log_place(settings: Settings) -> Place | None:
-    """Where the log lies and how images are described and written there; None without a log."""
+    Who `begins` the log sees that it can be written, and how much room its images leave.
+    """
     if not settings.log:
         return None
     from data_loader.images import encode_png
     from data_loader.statistics import STATISTICS, image_statistics
-    from data_loader.store import store_to_write
-    from serving.prediction_log import Place
+    from data_loader.store import check_store, store_to_write
+    from serving.prediction_log import IMAGES, Place
     from serving.room import Room
 
     store = store_to_write(settings.log)
     room = Room(store.spool, settings.keep_mb * 2**20)
+    if begins:
+        check_store(store, settings.log)
+        if settings.keep_images:
+            room.watch(partial(store.size, IMAGES))
     return Place(store.spool, store.put, image_statistics, STATISTICS, encode_png, room.take)
 
 
-class Source:
-    """The versions behind a `model_uri`: one, or what an alias points to at the time."""
+class Source(ModelVersions):
+    """The versions behind the setting `model_uri`, ready to serve."""
 
-    def __init__(self, model_uri: str, *, logged: bool) -> None:
-        """`logged` predictions need more of a model: its embeddings, and the reference that training left."""
-        self.model_uri, self.logged = model_uri, logged
-        self.name, self.alias, self._version = UNREGISTERED_NAME, "", ONLY_VERSION
-        registered = model_uri.removeprefix("models:/")
-        if registered != model_uri and "@" in registered:
-            self.name, _, self.alias = registered.rpartition("@")
-        elif registered != model_uri and "/" in registered:
-            self.name, _, self._version = registered.rpartition("/")
+    def __init__(self, settings: Settings) -> None:
+        """Logged predictions need more of a model: its embeddings, and the reference that training left."""
+        from monitoring.reference import REFERENCE
 
-    def latest(self) -> str:
-        """The version to serve now."""
-        if not self.alias:
-            return self._version
-        from mlflow import MlflowClient
-
-        from utils import RunFailed, UsageError
-        from utils.outbox import FINAL_CODES
-
-        try:
-            return str(MlflowClient().get_model_version_by_alias(self.name, self.alias).version)
-        except Exception as error:  # of MLflow, requests, the database
-            kind = UsageError if getattr(error, "error_code", "") in FINAL_CODES else RunFailed
-            raise kind(f"cannot look up '{self.model_uri}': {str(error).splitlines()[0]}") from error
-
-    def fetch(self, version: str, folder: Path) -> Fetched:
-        """The files of a version, in `folder` if they had to be downloaded."""
-        from utils.artifacts import fetch_model
-
-        model = fetch_model(f"models:/{self.name}/{version}" if self.alias else self.model_uri, folder)
-        return Fetched(model.path, self._fetch_reference(model.run_id, folder) if self.logged else None)
-
-    def _fetch_reference(self, run_id: str, folder: Path) -> Path | None:
-        """The reference on the model's run; None, and a line that says why, where there is none."""
-        from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER
-        from utils import RunFailed, UsageError
-        from utils.artifacts import fetch_run_file
-
-        reason: object = "the model comes from no run"
-        try:
-            if run_id:
-                return fetch_run_file(run_id, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", folder)
-        except (UsageError, RunFailed) as error:
-            reason = error
-        print(f"no reference, so no image is told to be far from it: {reason}", flush=True)
-        return None
+        self.logged = bool(settings.log)
+        reference = REFERENCE if self.logged else ""
+        without = "no reference, so no image is told to be far from it"
+        super().__init__(settings.model_uri, beside=reference, without=without)
 
     def load(self, version: str) -> ServedModel:
         """A version, fetched and ready."""
@@ -197,6 +135,7 @@ class Source:
     def ready(self, version: str, fetched: Fetched) -> ServedModel:
         """A fetched model, loaded; every prediction runs in the one thread that asks for it."""
         from models.onnx_model import OnnxClassifier
+        from monitoring.distance import read_distances
         from serving.model import ServedModel
 
         classifier = OnnxClassifier(fetched.model, threads=1)
@@ -207,16 +146,8 @@ class Source:
             classifier.image_shape,
             classifier.logits,
             classifier.outputs if self.logged else None,
-            distances(fetched.reference) if fetched.reference else None,
+            read_distances(fetched.beside) if fetched.beside else None,
         ).checked()
-
-
-def distances(reference: Path) -> Distances:
-    """How far images are from those of a reference."""
-    from monitoring.distance import Distances
-    from monitoring.reference import read_reference
-
-    return Distances(read_reference(reference).embeddings_NE)
 
 
 if __name__ == "__main__":

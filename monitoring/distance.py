@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from monitoring import MonitoringError
+from monitoring.reference import read_reference
 
 MOST_REFERENCE_ROWS = 2_000
 FAR_PERCENTILE = 99.0
@@ -62,3 +65,8 @@ class Distances:
                 squares_BR[places, start + places] = np.inf
             nearest_N[start : start + len(part_BE)] = squares_BR.min(axis=1)
         return np.asarray(np.sqrt(np.maximum(nearest_N, 0)))
+
+
+def read_distances(path: Path) -> Distances:
+    """How far images are from those of the reference in a file."""
+    return Distances(read_reference(path).embeddings_NE)

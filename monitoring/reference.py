@@ -25,6 +25,7 @@ from monitoring.observations import (
 )
 
 REFERENCE_FOLDER, REFERENCE_FILE = "monitoring", "reference.parquet"
+REFERENCE = f"{REFERENCE_FOLDER}/{REFERENCE_FILE}"
 """Where a run keeps it among its artifacts."""
 
 MOST_ROWS = 10_000

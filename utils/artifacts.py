@@ -81,6 +81,15 @@ def fetch_run_file(run_id: str, artifact_path: str, folder: Path) -> Path:
         )
 
 
+def find_run_file(run_id: str, artifact_path: str, folder: Path, without: str) -> Path | None:
+    """The same for a file that not every run has: None, and the line `without` with the reason, where there is none."""
+    try:
+        return fetch_run_file(run_id, artifact_path, folder)
+    except UsageError as error:
+        print(f"{without}: {error}")
+        return None
+
+
 @contextmanager
 def checkpoint_to_go_on_from(run_id: str, resume: str) -> Iterator[Path | None]:
     """The checkpoint that the run left before (a retry), else that of the run `resume`; None where there is neither.
