@@ -77,7 +77,7 @@ def fetch_reference(settings: Settings) -> tuple[str, Reference, str, str]:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, read_reference
+    from monitoring.reference import REFERENCE, read_reference
     from utils import UsageError, registry
     from utils.artifacts import fetch_run_file, model_run
 
@@ -93,7 +93,7 @@ def fetch_reference(settings: Settings) -> tuple[str, Reference, str, str]:
     run_id = model_run(uri)
     with TemporaryDirectory() as folder:
         try:
-            file = fetch_run_file(run_id, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", Path(folder))
+            file = fetch_run_file(run_id, REFERENCE, Path(folder))
         except UsageError as error:
             raise UsageError(
                 f"no reference: {error}; train the model anew, which leaves one, or give reference="

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from utils.runtime import launch
@@ -13,9 +15,6 @@ if TYPE_CHECKING:
     from monitoring.distance import Distances
     from monitoring.prediction_log import Window
     from utils.tracking import Run
-
-MOST_IN_GRID = 200
-"""Images in the picture: twenty lines of ten."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,6 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """One of the two."""
-    from pathlib import Path
-
     from utils import UsageError
     from utils.tracking import start_run
 
@@ -59,15 +56,13 @@ def main(settings: Settings) -> None:
 
 def choose(settings: Settings, run: Run) -> None:
     """Log, kept images, choice, folder, report."""
-    from pathlib import Path
-
     import numpy as np
 
     from data_loader.dataset import load
     from data_loader.kept import KeptImages
     from data_loader.pictures import image_grid
     from data_loader.store import open_store
-    from monitoring.labels import TABLE, table_rows, write_folder
+    from monitoring.labels import MOST_IN_GRID, TABLE, captions, table_rows, write_folder
     from monitoring.recommend import FAR, recommend
     from utils import UsageError
 
@@ -93,8 +88,7 @@ def choose(settings: Settings, run: Run) -> None:
     if not choices:
         raise UsageError(f"nothing to label: {found}; look at hours and model_uri, and at keep_share of serve")
     rows, places = table_rows(window, kept.rows, choices, distances_N, threshold), [choice.row for choice in choices]
-    captions = [f"{number}: {row.suggested}" for number, row in enumerate(rows[:MOST_IN_GRID], 1)]
-    figure = image_grid(kept.pictures(places[:MOST_IN_GRID]), captions)
+    figure = image_grid(kept.pictures(places[:MOST_IN_GRID]), captions(rows))
     write_folder(output, rows, [kept.content(place) for place in places], figure)
     for path in sorted(output.rglob("*.*")):
         run.artifact(path, str(Path("labels") / path.relative_to(output).parent))
@@ -107,52 +101,32 @@ def choose(settings: Settings, run: Run) -> None:
 
 def reference(settings: Settings) -> Distances | None:
     """Distances from what the model's training left as its reference; None, and a line, where there is none."""
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
-    from monitoring.distance import Distances
-    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, read_reference
-    from utils import UsageError
-    from utils.artifacts import fetch_run_file, model_run
+    from monitoring.distance import read_distances
+    from monitoring.reference import REFERENCE
+    from utils.artifacts import find_run_file, model_run
 
     if not settings.model_uri:
         print("no model_uri, so no reference: uncertainty alone decides")
         return None
-    run_id = model_run(settings.model_uri)
+    run_id, without = model_run(settings.model_uri), "no reference, so uncertainty alone decides"
     with TemporaryDirectory() as folder:
-        try:
-            file = fetch_run_file(run_id, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", Path(folder))
-        except UsageError as error:
-            print(f"no reference, so uncertainty alone decides: {error}")
-            return None
-        return Distances(read_reference(file).embeddings_NE)
+        file = find_run_file(run_id, REFERENCE, Path(folder), without)
+        return read_distances(file) if file else None
 
 
 def read_log(settings: Settings, store: Store) -> Window:
     """The rows with an image of the hours asked for; of a registered model only those of its present version."""
-    from datetime import UTC, datetime, timedelta
+    from monitoring.window import with_images
+    from utils import registry
 
-    from monitoring.prediction_log import read_window
-    from utils import UsageError, registry
-
-    until = datetime.now(UTC) + timedelta(hours=1)  # the service's clock may be ahead of ours
-    since = until - timedelta(hours=settings.hours + 1) if settings.hours else datetime(1970, 1, 2, tzinfo=UTC)
-    if settings.model_uri.startswith("models:/"):
-        served = registry.candidate(settings.model_uri)
-        return read_window(store, since, until, model=served.name, version=served.version, with_image=True)
-    window = read_window(store, since, until, with_image=True)
-    if len(window.models) > 1 or len(window.versions) > 1:
-        raise UsageError(
-            f"{settings.log} has images of the models {', '.join(window.models)} and the versions "
-            f"{', '.join(window.versions)}, which cannot be compared; give model_uri=models:/NAME/VERSION"
-        )
-    return window
+    if not settings.model_uri.startswith("models:/"):
+        return with_images(store, settings.log, settings.hours)
+    served = registry.candidate(settings.model_uri)
+    return with_images(store, settings.log, settings.hours, model=served.name, version=served.version)
 
 
 def add_labels(settings: Settings, run: Run) -> None:
     """Data set, table, new version, report."""
-    from pathlib import Path
-
     from data_loader.dataset import load
     from data_loader.extend import NewImage, extend
     from monitoring.labels import read_labels

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 TABLE, GRID, IMAGES = "labels.csv", "grid.png", "images"
 """What lies in the folder."""
 
+MOST_IN_GRID = 200
+"""Images in the picture: twenty lines of ten."""
+
 NAMED_IN_ERRORS = 3
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -85,6 +88,11 @@ def table_rows(
         suggested, confidence = window.classes[window.predicted_N[row]], f"{window.confidence_N[row]:.4f}"
         rows.append(Row(window.ids[row], f"{IMAGES}/{number:04}.png", suggested, confidence, why, "", ""))
     return rows
+
+
+def captions(rows: Sequence[Row]) -> list[str]:
+    """What stands above the images of the picture, which are the first MOST_IN_GRID."""
+    return [f"{number}: {row.suggested}" for number, row in enumerate(rows[:MOST_IN_GRID], 1)]
 
 
 def write_folder(output: Path, rows: Sequence[Row], contents: Sequence[bytes], figure: Figure) -> None:

@@ -60,6 +60,22 @@ def choose(store: Store, place: str, span: Span, *, model: str, version: str, le
     )
 
 
+def with_images(store: Store, place: str, hours: float, *, model: str = "", version: str = "") -> Window:
+    """The rows of the last `hours`, 0 being ever, whose image was kept; refuses those of several models or versions.
+
+    `place` is the log's address, for the message.
+    """
+    until = datetime.now(UTC) + timedelta(hours=1)  # the service's clock may be ahead of ours
+    since = until - timedelta(hours=hours + 1) if hours else datetime(1970, 1, 2, tzinfo=UTC)
+    window = read_window(store, since, until, model=model, version=version, with_image=True)
+    if len(window.models) > 1 or len(window.versions) > 1:
+        raise MonitoringError(
+            f"{place} has images of the models {', '.join(window.models)} and the versions "
+            f"{', '.join(window.versions)}, which cannot be compared; give model_uri=models:/NAME/VERSION"
+        )
+    return window
+
+
 def _time(name: str, text: str) -> datetime:
     try:
         time = datetime.fromisoformat(text)

@@ -157,9 +157,8 @@ def test_the_hours_bound_the_window(project: Path, capsys: pytest.CaptureFixture
 
 def test_versions_are_not_mixed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = a_log(a_log(project / "log", version="1"), version="2")
-    with pytest.raises(
-        UsageError, match=r"models digits and the versions 1, 2, which cannot be compared; give model_uri="
-    ):
+    mixed = r"models digits and the versions 1, 2, which cannot be compared; give model_uri="
+    with pytest.raises(MonitoringError, match=mixed):
         run(capsys, "a", log=str(log))
 
 

@@ -27,7 +27,7 @@ class ModelVersions:
     """The versions behind a `model_uri`: one, or what an alias points to at the time."""
 
     def __init__(self, model_uri: str, *, beside: str = "", without: str = "") -> None:
-        """beside: an artifact of the run that made the model, to have with it. without: what is said where there is none."""
+        """beside: an artifact of the run that made the model, to have with it; without: what is said if it has none."""
         self.model_uri, self._beside, self._without = model_uri, beside, without
         self.name, self.alias, self._version = UNREGISTERED_NAME, "", ONLY_VERSION
         registered = model_uri.removeprefix("models:/")
