@@ -1,8 +1,7 @@
 """Prometheus, its alert rules and Grafana's dashboards: a real Prometheus with the repository's own files watches real
 services under load; every query of every dashboard gets data, and each alert fires when its fault is made.
 
-Two alerts are seen in `promtool test rules` alone, because their fault is a machine's: DiskNearlyFull and MemoryLow.
-That file, alert_rules.yml, also plays all the others through with their own durations; here they are `shortened`.
+`promtool test rules` with alert_rules.yml plays all alerts through with their own durations; here they are `shortened`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +34,7 @@ from prometheus_client import CollectorRegistry, Gauge, push_to_gateway
 from service import CLASSES, SHAPE, PredictionService, png
 from services_stack import Part, program
 
+from conftest import missing
 from data_loader.statistics import image_statistics
 from data_loader.store import open_store
 from models.networks import build
@@ -54,6 +55,19 @@ RULES = [rule for group in yaml.safe_load((PROMETHEUS / "rules.yml").read_text()
 ALERTS = {rule["alert"] for rule in RULES}
 
 MACHINES_FAULTS = {"DiskNearlyFull", "MemoryLow"}
+SICK_MACHINE = """
+set -e
+truncate --size 16M disk.img
+mkfs.ext4 -q disk.img
+mkdir disk
+mount -o loop disk.img disk
+dd if=/dev/zero of=disk/data status=none || true
+sed 's/^MemAvailable: .*/MemAvailable: 1024 kB/' /proc/meminfo > meminfo
+mount --bind meminfo /proc/meminfo
+exec "$@"
+"""
+"""Starts a program that sees a further disk, which is full, and a kernel that has 1 MB of memory left to give. It alone
+does: it is to be run as the first process of its own namespaces, whose mounts are those that the exporter reads."""
 WINDOWS = {"5m": "6s", "15m": "8s", "1h": "10s", "1d": "60s"}
 """How far back a rule looks -> how far it does in these tests."""
 SHORT = "1s"
@@ -491,6 +505,37 @@ def until(reached: Callable[[], bool], told: Callable[[], object], patience_s: f
     while not reached():
         assert time.monotonic() < deadline, told()
         time.sleep(0.2)
+
+
+def test_the_alerts_of_a_machine_fire_when_its_disk_and_its_memory_are_full(tmp_path: Path) -> None:
+    from watching import PORTS, prometheus_config
+
+    if os.getuid():
+        missing("only root can mount a disk, which this test fills")
+    listen = "--web.listen-address=127.0.0.1:{port}"
+    exporter = program("prometheus-node-exporter")
+    sick = ("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", SICK_MACHINE, "sh", exporter, listen)
+    node = Program(tmp_path / "node", *sick, ready="/")
+    arguments = ("--config.file=prometheus.yml", "--storage.tsdb.path=data", listen)
+    prometheus = Program(tmp_path / "prometheus", "prometheus", *arguments)
+    nobody = dict.fromkeys(PORTS.values(), "1")
+    config = prometheus_config({**nobody, "SERVING_TARGETS": "", "NODE_EXPORTER_PORT": str(node.port)})
+    (prometheus.folder / "prometheus.yml").write_text(shortened(config))
+    (prometheus.folder / "rules.yml").write_text(shortened((PROMETHEUS / "rules.yml").read_text()))
+    (prometheus.folder / "serving-token").touch()
+    with ExitStack() as at_end:
+        for part in (node, prometheus):
+            at_end.callback(part.kill)
+            part.start()
+
+        def summaries() -> set[str]:
+            firing = [one for one in prometheus.ask("alerts")["alerts"] if one["state"] == "firing"]
+            return {one["annotations"]["summary"] for one in firing}
+
+        machine = f"127.0.0.1:{node.port}"
+        disk = f"0% are left on {node.folder / 'disk'} of {machine}"
+        memory = rf"0\.0\d+% of the memory of {machine} are free"
+        until(lambda: disk in summaries() and any(re.fullmatch(memory, one) for one in summaries()), summaries)
 
 
 LOGGED_WITHIN_S = FILE_AGE_S + 1
