@@ -76,20 +76,11 @@ def main(settings: Settings) -> None:
 
 def load_data(settings: Settings, model: RemoteModel) -> Dataset:
     """The data set, in the size that the model takes; UsageError where it has other images or classes."""
-    from pathlib import Path
-
-    from data_loader.dataset import load
+    from data_loader.dataset import load_asked
     from utils import UsageError
 
     height, width, _ = model.image_shape
-    data = load(
-        settings.dataset,
-        data_dir=Path(settings.data_dir),
-        image_size=height if height == width else 0,
-        on_error=settings.on_error,
-        data_version=settings.data_version,
-        data_repo=settings.data_repo,
-    )
+    data = load_asked(settings, image_size=height if height == width else 0)
     where = f"the model '{model.name}' at {settings.url}"
     if data.images_NHWC.shape[1:] != model.image_shape:
         raise UsageError(
@@ -129,11 +120,8 @@ def report(
     print("\n".join(lines))
     run.describe("\n\n".join(lines))
     profile = {"images": len(data.rows[settings.split])}
-    run.dataset(name=data.name, digest=data.digest, source=data.source, context=settings.split, profile=profile)
-    run.tags({"served_version": ", ".join(versions), **data.version})
-    run.metrics(
-        {f"{settings.split}/accuracy": accuracy, "requests_per_s": requests_per_s, "images_per_s": images_per_s}
-    )
+    run.dataset(**data.identity(), context=settings.split, profile=profile)
+    run.tags({"served_version": ", ".join(versions)})
     run.metrics({f"{settings.split}/accuracy": accuracy, "requests_per_s": requests_per_s})
     run.metrics({"images_per_s": images_per_s, **{f"latency_{name}": value for name, value in percentiles.items()}})
     pairs = zip(measured.started_s.tolist(), measured.latencies_s.tolist(), strict=True)

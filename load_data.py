@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from utils.runtime import launch
 from utils.settings import setting
@@ -26,26 +25,16 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    from data_loader.dataset import load
+    from data_loader.dataset import load_asked
     from data_loader.pictures import class_histogram, sample_grid
     from utils import tracking
 
     about = ("load_data", settings.dataset, settings.data_version)
     with tracking.start_run(settings, entry_point="load_data", about=about) as run:
-        dataset = load(
-            settings.dataset,
-            data_dir=Path(settings.data_dir),
-            image_size=settings.image_size,
-            on_error=settings.on_error,
-            data_version=settings.data_version,
-            data_repo=settings.data_repo,
-        )
-        run.tags(dataset.version)
+        dataset = load_asked(settings, settings.image_size)
         run.params({"data_digest": dataset.digest, **dataset.version})
         run.dataset(
-            name=dataset.name,
-            digest=dataset.digest,
-            source=dataset.source,
+            **dataset.identity(),
             context="training",
             profile={"images": dataset.manifest["images"], "classes": len(dataset.classes)},
         )

@@ -78,9 +78,7 @@ def main(settings: Settings) -> None:
         facts = gather(settings, rules, present)
         decision = decide(facts, rules)
         run.metrics(facts.metrics())
-        data = {"name": present.data.name, "digest": present.data.digest, "source": present.data.source}
-        run.dataset(**data, context="retraining", profile=present.data.profile())
-        run.tags(present.data.version)
+        run.dataset(**present.data.identity(), context="retraining", profile=present.data.profile())
         report(run, champion, decision, "under way" if decision.retrain else "not needed")
         if not decision.retrain:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.artifacts import CHECKPOINTS, LATEST, MODEL_FILE, NETWORK
@@ -12,8 +12,6 @@ from utils.runtime import EXIT_TERMINATED, launch, stop_requested
 from utils.settings import setting
 
 if TYPE_CHECKING:  # what is heavy to import is imported where it is used: --help and typos answer at once
-    import torch
-
     from data_loader.dataset import Dataset
     from models.training import TrainingState
     from utils.tracking import Run
@@ -49,15 +47,14 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Settings, data, network, loop, report."""
-    import torch
-
     from data_loader.augment import device_batches
     from data_loader.batches import evaluation_batches, steps_per_epoch
-    from data_loader.dataset import load
+    from data_loader.dataset import load_asked
     from models.checkpoint import NetworkSpec
-    from models.optimisation import learning_rate_at, make_optimizer
+    from models.finished import write_finished
+    from models.optimisation import learning_rate_at
     from models.scores import loss_and_accuracy
-    from models.training import TrainingState, Window, predict_logits, train_step
+    from models.training import Window, begin, predict_logits, train_step
     from utils.artifacts import checkpoint_to_go_on_from
     from utils.compute import Compute, make_deterministic
     from utils.progress import Progress
@@ -68,30 +65,20 @@ def main(settings: Settings) -> None:
     rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
     about = (settings.dataset, settings.data_version, settings.network)
     with compute.processes(), start_run(settings, "main", about=about, enabled=leads) as run, run.system_metrics():
-        data = load(
-            settings.dataset,
-            data_dir=Path(settings.data_dir),
-            image_size=settings.image_size,
-            on_error=settings.on_error,
-            data_version=settings.data_version,
-            data_repo=settings.data_repo,
-        )
+        data = load_asked(settings, settings.image_size)
         compute.agree("data_digest", data.digest)
-        run.dataset(name=data.name, digest=data.digest, source=data.source, context="training", profile=data.profile())
-        run.tags(data.version)
+        run.dataset(**data.identity(), context="training", profile=data.profile())
         run.params({"data_digest": data.digest, **data.version, **data.profile(), **compute.facts()})
 
-        torch.manual_seed(settings.seed)
         spec = NetworkSpec(settings.network, dataset=settings.dataset, **data.facts())
-        network = spec.build().to(compute.device)
-        optimizer = make_optimizer(settings.optimizer, network, settings.weight_decay)
         recipe = {"batch_size": settings.batch_size, "optimizer": settings.optimizer, "seed": settings.seed}
-        state = TrainingState(spec, recipe)
+        network, optimizer, state = begin(spec, recipe, settings.weight_decay, compute.device)
         with checkpoint_to_go_on_from(run.id, settings.resume) as checkpoint:
             if checkpoint:
                 state.restore(checkpoint, network, optimizer)
                 print(f"going on from step {state.step}", flush=True)
         shared_network = compute.shared(network)
+        step = partial(train_step, label_smoothing=settings.label_smoothing, precision=compute.precision)
 
         epoch_steps = steps_per_epoch(len(data.rows["train"]), settings.batch_size)
         total_steps = settings.epochs * epoch_steps
@@ -100,7 +87,7 @@ def main(settings: Settings) -> None:
             batch_size=settings.batch_size,
             augmentation=settings.augmentation,
             seed=settings.seed,
-            steps=range(state.step, state.step if state.stopped_early(settings.early_stopping) else total_steps),
+            steps=state.steps_left(total_steps, settings.early_stopping),
             device=compute.device,
             rank=rank,
             world_size=world_size,
@@ -109,16 +96,8 @@ def main(settings: Settings) -> None:
         with Progress(total_steps, done=state.step, shown=leads) as progress, stop_requested() as stop:
             for images_NHWC, labels_N in window.time(batches):
                 learning_rate = learning_rate_at(state.step, total_steps, settings.scheduler, settings.learning_rate)
-                result = train_step(
-                    shared_network,
-                    optimizer,
-                    images_NHWC,
-                    labels_N,
-                    learning_rate=learning_rate,
-                    label_smoothing=settings.label_smoothing,
-                    precision=compute.precision,
-                    seed=(settings.seed, state.step, rank),
-                )
+                seed = (settings.seed, state.step, rank)
+                result = step(shared_network, optimizer, images_NHWC, labels_N, learning_rate=learning_rate, seed=seed)
                 window.add(result, learning_rate, images=len(labels_N) * world_size)
                 state.step += 1
                 progress.advance()
@@ -143,32 +122,26 @@ def main(settings: Settings) -> None:
                     progress.line(f"stopped early: no lower validation loss for {settings.early_stopping} epochs")
                     break
         if leads:
-            report(settings, data, network, state, run)
+            facts = write_finished(network, state, run.folder / NETWORK, run.folder / MODEL_FILE)
+            report(settings, data, state, facts, run)
 
 
-def report(settings: Settings, data: Dataset, network: torch.nn.Module, state: TrainingState, run: Run) -> None:
-    """Export the model and judge it, as the file that ships, on the test split."""
+def report(settings: Settings, data: Dataset, state: TrainingState, facts: dict[str, str], run: Run) -> None:
+    """Log the model, of which `facts` are digests, and judge it, as the file that ships, on the test split."""
     from data_loader.pictures import image_grid
     from data_loader.statistics import image_statistics
-    from models.checkpoint import save_network, weights_sha256
-    from models.onnx_export import to_onnx
     from models.onnx_model import OnnxClassifier
     from models.pictures import learning_curves
     from models.report import judge
     from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, make_reference, write_reference
 
-    network.load_state_dict(state.best_weights or network.state_dict())
-    save_network(run.folder / NETWORK, network, state.spec)
+    onnx_file, rows = run.folder / MODEL_FILE, data.rows["test"]
     run.artifact(run.folder / NETWORK, CHECKPOINTS)
-    spec, onnx_file, rows = state.spec, run.folder / MODEL_FILE, data.rows["test"]
-    to_onnx(network, spec.image_shape, spec.classes, onnx_file, data_digest=spec.data_digest)
-    facts = {"weights_sha256": weights_sha256(network.state_dict()), "data_digest": data.digest}
     run.tags(facts)
     run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step)
 
     classifier = OnnxClassifier(onnx_file)
-    logits_NK = classifier.logits_of(data.images_NHWC, rows)
-    found = judge(logits_NK, data.labels_N[rows], data.classes)
+    found = judge(classifier.logits_of(data.images_NHWC, rows), data.labels_N[rows], data.classes)
     run.metrics(found.metrics("test"))
     run.picture(learning_curves(state.history), "pictures/learning_curves.png")
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")

@@ -35,6 +35,10 @@ class Dataset:
     version: dict[str, str] = field(default_factory=dict)
     """What was asked for and what that was (data_version, data_commit), where DVC keeps the data; else empty."""
 
+    def identity(self) -> dict[str, Any]:
+        """What a run calls it."""
+        return {"name": self.name, "digest": self.digest, "source": self.source, "version": self.version}
+
     def profile(self) -> dict[str, str | int]:
         """Its size in a few numbers."""
         shape = "x".join(map(str, self.images_NHWC.shape[1:]))
@@ -91,6 +95,18 @@ def load(
     if versioned:
         return replace(ready, version={"data_version": data_version, "data_commit": versioned.commit})
     return ready
+
+
+def load_asked(settings: Any, image_size: int) -> Dataset:
+    """`load` by the settings of an entry point, which have the names of the other parameters."""
+    return load(
+        settings.dataset,
+        data_dir=Path(settings.data_dir),
+        image_size=image_size,
+        on_error=settings.on_error,
+        data_version=settings.data_version,
+        data_repo=settings.data_repo,
+    )
 
 
 def _prepare(source: Source, data_dir: Path, image_size: int) -> Dataset:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models import ModelError, TrainingDiverged
 from models.checkpoint import NetworkSpec, load, save, spec_of, spec_state
-from models.optimisation import Optimizer
+from models.optimisation import Optimizer, make_optimizer
 
 T = TypeVar("T")
 
@@ -114,6 +114,10 @@ class TrainingState:
             f"val loss {row['val/loss']:.4f}  val accuracy {row['val/accuracy']:.4f}"
         )
 
+    def steps_left(self, total_steps: int, patience: int) -> range:
+        """The steps that are to be done still; none where the training stopped early."""
+        return range(self.step, self.step if self.stopped_early(patience) else total_steps)
+
     def stopped_early(self, patience: int) -> bool:
         """Whether the best epoch lies `patience` epochs back (0: for ever)."""
         return 0 < patience <= self._epochs_without_progress()
@@ -156,6 +160,15 @@ class TrainingState:
         self.epoch_results = state["epoch_results"]
         self.history = state["history"]
         self.best_weights = state["best_weights"]
+
+
+def begin(
+    spec: NetworkSpec, recipe: dict[str, Any], weight_decay: float, device: torch.device
+) -> tuple[nn.Module, Optimizer, TrainingState]:
+    """A network with the fresh weights of the recipe's `seed`, its `optimizer`, and the state before the first step."""
+    torch.manual_seed(recipe["seed"])
+    network = spec.build().to(device)
+    return network, make_optimizer(recipe["optimizer"], network, weight_decay), TrainingState(spec, recipe)
 
 
 class Window:

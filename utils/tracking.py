@@ -207,8 +207,20 @@ class Run:
 
         self.later(send, {"register_as": name, "description": description, "tags": tags})
 
-    def dataset(self, *, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
-        """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them."""
+    def dataset(
+        self,
+        *,
+        name: str,
+        digest: str,
+        source: str,
+        context: str,
+        profile: dict[str, Any],
+        version: dict[str, str] | None = None,
+    ) -> None:
+        """Log a data set as an input of the run; MLflow keeps 36 characters of the digest, the tag all of them.
+
+        `version` are more tags, which say what version of the data it is.
+        """
         if self._outbox is None:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -218,7 +230,7 @@ class Run:
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
         record = {"dataset": name, "digest": digest, "source": where, "context": context, "profile": profile}
         self._outbox.put(Letter(lambda client: client.log_inputs(self.id, inputs), [record]))
-        self.tags({"data_digest": digest})
+        self.tags({"data_digest": digest, **(version or {})})
 
     def later(self, send: Callable[[Any], Any], record: dict[str, Any]) -> None:
         """Queue any other call: `send` gets the MlflowClient, and is called again after a failure.
