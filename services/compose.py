@@ -239,11 +239,7 @@ def certificate_of(host: str, port: int, name: str) -> bytes | None:
 
 def welcome(values: Mapping[str, str]) -> str:
     """What to do with a server that is up."""
-    lines = [f"The tracking server is up: {address(values)}", f"  export MLFLOW_TRACKING_URI={address(values)}"]
-    if values["AUTH"] == "basic":
-        lines[0] += f" (sign in as {values['ADMIN_USERNAME']}; the password is ADMIN_PASSWORD in {FILE})"
-        lines.append(f"  export MLFLOW_TRACKING_USERNAME={values['ADMIN_USERNAME']}")
-        lines.append(f"  export MLFLOW_TRACKING_PASSWORD=$(sed -n s/^ADMIN_PASSWORD=//p '{FILE}')")
+    lines = settings.welcome(values, address(values))
     if values["ARTIFACTS"] == "proxied":
         # MLflow's client would ask for signed addresses of the S3 server, which it need not reach.
         lines.append("  export MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false")

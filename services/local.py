@@ -295,12 +295,7 @@ def address(values: Mapping[str, str]) -> str:
 
 def welcome(values: Mapping[str, str]) -> str:
     """What to do with a server that is up."""
-    lines = [f"The tracking server is up: {address(values)}", f"  export MLFLOW_TRACKING_URI={address(values)}"]
-    if values["AUTH"] == "basic":
-        lines[0] += f" (sign in as {values['ADMIN_USERNAME']}; the password is ADMIN_PASSWORD in {settings.FILE})"
-        lines.append(f"  export MLFLOW_TRACKING_USERNAME={values['ADMIN_USERNAME']}")
-        lines.append(f"  export MLFLOW_TRACKING_PASSWORD=$(sed -n s/^ADMIN_PASSWORD=//p '{settings.FILE}')")
-    return "\n".join([*lines, "End it: make services-stop"])
+    return "\n".join([*settings.welcome(values, address(values)), "End it: make services-stop"])
 
 
 def postgresql_program(name: str) -> str:

@@ -130,6 +130,16 @@ def admin_keys(settings: Mapping[str, str]) -> tuple[str, str]:
     return (access, secret) if access else (settings["S3_ACCESS_KEY"], settings["S3_SECRET_KEY"])
 
 
+def welcome(settings: Mapping[str, str], address: str) -> list[str]:
+    """What to do with a server that is up at `address`: lines for the user's shell, the first one to be read."""
+    lines = [f"The tracking server is up: {address}", f"  export MLFLOW_TRACKING_URI={address}"]
+    if settings["AUTH"] == "basic":
+        lines[0] += f" (sign in as {settings['ADMIN_USERNAME']}; the password is ADMIN_PASSWORD in {FILE})"
+        lines.append(f"  export MLFLOW_TRACKING_USERNAME={settings['ADMIN_USERNAME']}")
+        lines.append(f"  export MLFLOW_TRACKING_PASSWORD=$(sed -n s/^ADMIN_PASSWORD=//p '{FILE}')")
+    return lines
+
+
 def run(action: Callable[[], None]) -> None:
     """Run a script's action; a refusal becomes one line on standard error and its exit code."""
     try:
