@@ -120,21 +120,26 @@ def test_this_project_comes_to_the_same_in_docker_as_locally(loopback_server: Se
     assert len(images) == 1
 
 
-def test_retrain_trains_in_a_container_and_promotes_what_comes_out(loopback_server: Server, checkout: Path) -> None:
+def retrain_on(backend: str, config: dict[str, Any], checkout: Path) -> None:
+    """`retrain` here, its training on the backend: what comes out becomes champion."""
     client = MlflowClient()
     first = run(checkout, ".", "--env-manager", "local", "-P", "epochs=1", "-P", "register_as=digits")
     client.set_registered_model_alias("digits", "champion", "1")
     (checkout / "rules.toml").write_text("[training]\nepochs = 6\n")
-    asked = {"name": "digits", "rules": "rules.toml", "force": "true", "backend": "docker"}
+    asked = {"name": "digits", "rules": "rules.toml", "force": "true", "backend": backend}
+    asked["backend_config"] = json.dumps(config)
     words = [word for name, value in asked.items() for word in ("-P", f"{name}={value}")]
-    retrain = [*words, "-P", f"backend_config={json.dumps(CONFIG)}"]
-    training = client.get_run(run(checkout, ".", "--env-manager", "local", "--entry-point", "retrain", *retrain))
-    assert (training.data.tags["venue"], training.data.params["epochs"]) == ("docker", "6")
+    training = client.get_run(run(checkout, ".", "--env-manager", "local", "--entry-point", "retrain", *words))
+    assert (training.data.tags["venue"], training.data.params["epochs"]) == (backend, "6")
     look = client.get_run(training.data.tags["mlflow.parentRunId"])
     assert (look.info.status, look.data.tags["venue"]) == ("FINISHED", "local")
     assert look.data.tags["training_run"] == training.info.run_id != first
     assert look.data.metrics["test/accuracy"] == training.data.metrics["test/accuracy"]
     assert str(client.get_registered_model("digits").aliases["champion"]) == "2", look.data.tags["outcome"]
+
+
+def test_retrain_trains_in_a_container_and_promotes_what_comes_out(loopback_server: Server, checkout: Path) -> None:
+    retrain_on("docker", CONFIG, checkout)
 
 
 def test_a_server_that_is_away_for_half_a_minute_costs_nothing(
@@ -169,6 +174,12 @@ def test_this_project_comes_to_the_same_on_kubernetes_as_locally(
     kubernetes = run(checkout, ".", "--backend", "kubernetes", *TRAINING, config=config)
     compared = mlproject("compare", local, kubernetes)
     assert (compared.returncode, compared.stderr) == (0, ""), compared.stdout
+
+
+def test_retrain_trains_on_kubernetes_and_promotes_what_comes_out(
+    project_image: str, pod_server: Server, checkout: Path
+) -> None:
+    retrain_on("kubernetes", {"image": project_image}, checkout)
 
 
 def test_pods_train_together(cluster: TestCluster, project_image: str, pod_server: Server, checkout: Path) -> None:
