@@ -80,9 +80,11 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 	@$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.lock plugin/pyproject.toml
+.venv/installed-dev: .venv/installed requirements-dev.lock tests/requirements.lock plugin/pyproject.toml
 	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable ./plugin
+	@.venv/bin/python -m pip install --quiet --no-compile --require-hashes --no-deps --upgrade --target .venv/triton \
+		-r tests/requirements.lock || echo "There is no Triton for this machine; tests that need it will be skipped"
 	@touch $@
 
 # The tracking server's packages have the project's versions, so both live in one environment.

@@ -77,8 +77,8 @@ def conda_lock(folder: Path) -> str | None:
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".lock-") as name:
         folder = Path(name)
-        (folder / "services").mkdir()
-        for where in ("", "services"):
+        for where in ("", "services", "tests"):
+            (folder / where).mkdir(exist_ok=True)
             for path in [*(ROOT / where).glob("requirements*.in"), *(ROOT / where).glob("*.lock")]:
                 shutil.copy(path, folder / where)
         for path in ROOT.glob("conda-lock.yml"):
@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> int:
             compile_lock(folder / "services", "requirements", arguments)
             also = ["services/requirements.in", str(ROOT / "plugin/pyproject.toml")]
             compile_lock(folder, "requirements-dev", [*also, *arguments])
+            compile_lock(folder / "tests", "requirements", ["--no-deps", *arguments])
         except subprocess.CalledProcessError:  # uv has said why
             print("error: the locks could not be made, and no file was changed", file=sys.stderr)
             return 1

@@ -17,6 +17,7 @@ REFUSED = ("401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DE
 ABSENT = ("404", "StatusCode.NOT_FOUND")
 AWAY = ("StatusCode.UNAVAILABLE",)
 LATE = ("499", "504", "StatusCode.DEADLINE_EXCEEDED")
+WRONG = ("400", "413", "StatusCode.INVALID_ARGUMENT")
 
 
 class RemoteError(Exception):
@@ -129,4 +130,5 @@ class Remote:
                 f"{message}; check url and protocol",
                 2,
             ) from error
-        raise RemoteError(f"{self.url} refused a request for {what}: {message} ({status})") from error
+        code = 2 if status in WRONG else 1
+        raise RemoteError(f"{self.url} refused a request for {what}: {message} ({status})", code) from error

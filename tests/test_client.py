@@ -1,4 +1,4 @@
-"""`client` against our service over HTTP, and against a stand-in for Triton over gRPC."""
+"""`client` against our service over HTTP, and against Triton over HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ import onnxruntime
 import pytest
 import torch
 from mlflow import MlflowClient
-from service import ROOT, PredictionService, free_port
-from triton_server import NAME, TritonStandIn, serving
+from service import CLASSES, ROOT, PredictionService, expected_logits, free_port, some_images
+from triton_server import TokenProxy, Triton, running
 
 import client
+import evaluate
 from data_loader.dataset import load
 from models.networks import build
 from models.onnx_export import to_onnx
@@ -56,17 +57,22 @@ def ours(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pred
 
 
 @pytest.fixture(scope="module")
-def repository(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(model: Path, served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     to_repository(model, "classifier", folder)
+    to_repository(served_model, "fruit", folder)
     return folder
 
 
-@pytest.fixture
-def triton(repository: Path) -> Iterator[tuple[TritonStandIn, str]]:
-    stand_in = TritonStandIn(repository)
-    with serving(stand_in) as address:
-        yield stand_in, address
+@pytest.fixture(scope="module")
+def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    with running(Triton(tmp_path_factory.mktemp("triton"), repository)) as server:
+        yield server
+
+
+def everywhere(ours: PredictionService, triton: Triton | TokenProxy) -> list[tuple[str, str]]:
+    """Address and protocol of all that serves."""
+    return [(ours.url, "http"), *((url, protocol) for protocol, url in triton.urls.items())]
 
 
 def accuracy_of(model: Path, split: str = "test") -> tuple[float, int]:
@@ -128,22 +134,54 @@ def test_our_service_over_http(
     assert re.search(r"images/s over \d+ connections; p50 [\d.]+ ms, p90 [\d.]+ ms, p95 [\d.]+ ms, p99 [\d.]+ ms", said)
 
 
-def test_a_triton_repository_over_grpc(project: Path, model: Path, triton: tuple[TritonStandIn, str]) -> None:
-    stand_in, address = triton
-    with Remote(address, "grpc") as remote:
-        assert remote._client.get_server_metadata().name == NAME  # it says that it is not Triton
-    client.main(client.Settings(url=address, protocol="grpc", batch_size=32, concurrency=4, passes=2))
+@pytest.mark.parametrize(("protocol", "batch_size", "concurrency"), [("http", 1, 8), ("grpc", 1, 8), ("grpc", 32, 4)])
+def test_triton(project: Path, model: Path, triton: Triton, protocol: str, batch_size: int, concurrency: int) -> None:
+    """It gets every image once, and puts requests together as config.pbtxt allows."""
+    counters = ("nv_inference_count", "nv_inference_request_success", "nv_inference_exec_count")
+    before = [triton.metric(name) for name in counters]
+    client.main(
+        client.Settings(
+            url=triton.urls[protocol], protocol=protocol, batch_size=batch_size, concurrency=concurrency, passes=2
+        )
+    )
+    found, asked, executed = (triton.metric(name) - was for name, was in zip(counters, before, strict=True))
     _, images = accuracy_of(model)
-    assert sum(stand_in.batches) == 2 * images + 4 * 32
-    check_run(last_run(), model, split="test", requests=2 * -(-images // 32))
+    requests = 2 * -(-images // batch_size)
+    assert (found, asked) == (2 * images + concurrency * batch_size, requests + concurrency)
+    assert executed < asked
+    check_run(last_run(), model, split="test", requests=requests)
 
 
-def test_both_servers_describe_the_same_model(ours: PredictionService, triton: tuple[TritonStandIn, str]) -> None:
+def test_both_servers_have_the_accuracy_that_evaluate_finds(
+    project: Path, model: Path, ours: PredictionService, triton: Triton
+) -> None:
+    evaluate.main(evaluate.Settings(model_uri=str(model), dataset="digits"))
+    expected = last_run().data.metrics["test/accuracy"]
+    for url, protocol in everywhere(ours, triton):
+        client.main(client.Settings(url=url, protocol=protocol, batch_size=64))
+        assert last_run().data.metrics["test/accuracy"] == expected
+
+
+def test_both_servers_describe_the_same_model(ours: PredictionService, triton: Triton) -> None:
     """Our service's names and shapes are those of the config.pbtxt that `export` writes."""
-    with Remote(ours.url, "http") as one, Remote(triton[1], "grpc") as other:
-        found = one.model("classifier")
-        assert found == other.model("classifier")
-        assert (found.image_shape, found.classes) == ((8, 8, 1), 10)
+    with Remote(ours.url, "http") as remote:
+        found = remote.model("classifier")
+    assert (found.image_shape, found.classes) == ((8, 8, 1), 10)
+    for protocol, url in triton.urls.items():
+        with Remote(url, protocol) as remote:
+            assert remote._client.is_model_ready("classifier", "1")
+            assert remote.model("classifier") == found
+
+
+def test_triton_names_the_classes_from_the_repository(served_model: Path, triton: Triton) -> None:
+    """Its classification extension answers VALUE:NUMBER:NAME, in the order of the values."""
+    image_NHWC = some_images(1)
+    order = expected_logits(served_model, image_NHWC)[0].argsort()[::-1]
+    with Remote(triton.urls["http"], "http") as remote:
+        tensor = remote._api.InferInput("images", image_NHWC.shape, "UINT8").set_data_from_numpy(image_NHWC)
+        wanted = remote._api.InferRequestedOutput("logits", class_count=3)
+        (row,) = remote._client.infer("fruit", [tensor], outputs=[wanted]).as_numpy("logits")
+    assert [said.decode().split(":", 1)[1] for said in row] == [f"{number}:{CLASSES[number]}" for number in order]
 
 
 @contextmanager
@@ -220,10 +258,10 @@ def test_a_wrong_model_or_version(
     project: Path,
     capsys: pytest.CaptureFixture[str],
     ours: PredictionService,
-    triton: tuple[TritonStandIn, str],
+    triton: Triton,
     wrong: dict[str, str],
 ) -> None:
-    for url, protocol in ((ours.url, "http"), (triton[1], "grpc")):
+    for url, protocol in everywhere(ours, triton):
         error = refused(capsys, url=url, protocol=protocol, **wrong)
         assert re.match(rf"{re.escape(url)} has no model '\w+'", str(error))
         assert "check model_name and model_version" in str(error)
@@ -246,12 +284,14 @@ def test_a_token_is_shown_and_asked_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     model: Path,
-    repository: Path,
+    triton: Triton,
+    tmp_path: Path,
     start_service: Callable[..., PredictionService],
 ) -> None:
+    """By our service, and by a proxy before Triton, which asks nobody."""
     service = start_service(model, SERVING_TOKEN="open sesame")
-    with serving(TritonStandIn(repository, "open sesame")) as address:
-        for url, protocol in ((service.url, "http"), (address, "grpc")):
+    with running(TokenProxy(tmp_path, triton, "open sesame")) as proxy:
+        for url, protocol in everywhere(service, proxy):
             monkeypatch.delenv("SERVING_TOKEN", raising=False)
             error = refused(capsys, url=url, protocol=protocol)
             assert str(error).startswith(f"{url} asks for a token; put it into the environment variable SERVING_TOKEN")
@@ -266,12 +306,18 @@ def test_a_token_is_shown_and_asked_for(
             assert "sesame" not in f"{run.data.params} {run.data.tags} {capsys.readouterr().out}"
 
 
-def test_a_batch_that_the_server_refuses_fails_the_run(
-    project: Path, capsys: pytest.CaptureFixture[str], triton: tuple[TritonStandIn, str]
-) -> None:
-    error = refused(capsys, url=triton[1], protocol="grpc", batch_size=257)
-    assert "batch-size must be <= 256" in str(error)
-    assert last_run().info.status == "FAILED"
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_what_triton_refuses(project: Path, capsys: pytest.CaptureFixture[str], triton: Triton, protocol: str) -> None:
+    """A batch that config.pbtxt does not allow, and images of another shape."""
+    url = triton.urls[protocol]
+    error = refused(capsys, url=url, protocol=protocol, batch_size=257)
+    assert re.search("batch-size must be <= 256", str(error))
+    assert (last_run().info.status, error.exit_code) == ("FAILED", 2)
+    with Remote(url, protocol) as remote:
+        found = remote.model("classifier")
+        with pytest.raises(RemoteError, match=r"Expected \[-1,8,8,1\], got \[2,8,8,3\]") as raised:
+            remote.infer(found, np.zeros((2, 8, 8, 3), np.uint8))
+    assert "\n" not in str(raised.value)
 
 
 def test_the_first_error_ends_the_load_and_is_the_one_that_is_told() -> None:
@@ -315,9 +361,12 @@ def test_a_connection_that_cannot_be_opened_ends_the_others() -> None:
         load_on.measure(connect, 100, 3)
 
 
-def test_mlflow_run(project: Path, ours: PredictionService, model: Path) -> None:
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_mlflow_run(project: Path, ours: PredictionService, triton: Triton, model: Path, protocol: str) -> None:
+    url = {"http": ours.url, "grpc": triton.urls["grpc"]}[protocol]
     command = [sys.executable, "-m", "mlflow", "run", "--env-manager", "local", str(ROOT), "-e", "client"]
-    command += ["-P", f"url={ours.url}", "-P", f"data_dir={project / 'data'}", "-P", "concurrency=2"]
+    settings = (f"url={url}", f"protocol={protocol}", f"data_dir={project / 'data'}", "concurrency=2")
+    command += [word for setting in settings for word in ("-P", setting)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MLFLOW_EXPERIMENT_ID": "0"})
     assert done.returncode == 0, done.stderr
     accuracy, images = accuracy_of(model)

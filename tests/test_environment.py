@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["requirements", "requirements-dev", "services/requirements"]
+SOURCES = ["requirements", "requirements-dev", "services/requirements", "tests/requirements"]
 
 
 def locked(source: str) -> list[str]:
@@ -40,9 +40,7 @@ def test_every_direct_requirement_is_locked(source: str) -> None:
     assert direct <= {canonicalize_name(requirement(line).name) for line in locked(source)}
 
 
-@pytest.mark.parametrize(
-    "name", ["requirements.lock", "requirements-dev.lock", "services/requirements.lock", "conda.yaml"]
-)
+@pytest.mark.parametrize("name", [*(f"{source}.lock" for source in SOURCES), "conda.yaml"])
 def test_no_lock_names_an_address(name: str) -> None:
     assert not re.search(r"://|index-url|find-links|trusted-host", (ROOT / name).read_text())
 

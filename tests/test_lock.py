@@ -26,8 +26,9 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / ".ci/lock.py", folder / ".ci")
     (folder / "plugin").mkdir()
     shutil.copy(ROOT / "plugin/pyproject.toml", folder / "plugin")
-    (folder / "services").mkdir()
-    for path in [*ROOT.glob("requirements*"), *ROOT.glob("services/requirements*"), ROOT / "conda.yaml"]:
+    for name in ("services", "tests"):
+        (folder / name).mkdir()
+    for path in [*ROOT.glob("requirements*"), *ROOT.glob("*/requirements*"), ROOT / "conda.yaml"]:
         shutil.copy(path, folder / path.relative_to(ROOT))
     return folder
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = ("requirements.lock", "requirements-dev.lock", "services/requirements.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "services/requirements.lock", "tests/requirements.lock")
 HOLE = {
     "id": "GHSA-test",
     "summary": "a hole",
