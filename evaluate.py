@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
         with start_run(settings, "evaluate", about=("evaluate", settings.model_uri)) as run:
             data = load_data(settings, model.run_id, classifier)
             if baseline:
-                check_matching(data, baseline.classes, baseline.image_shape)
+                check_matching(data, baseline)
             rows = data.rows[settings.split]
             logits_NK = classifier.logits_of(data.images_NHWC, rows, settings.batch_size)
             result = report(run, settings.split, data, rows, logits_NK)
@@ -92,8 +92,6 @@ def gate(
 
 def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier) -> Dataset:
     """The data set asked for, or else the one that the model's run was trained on."""
-    from pathlib import Path
-
     from data_loader.matching import load_matching
     from utils import UsageError
     from utils.artifacts import data_to_load
@@ -101,14 +99,7 @@ def load_data(settings: Settings, model_run_id: str, classifier: OnnxClassifier)
     asked = data_to_load(settings, model_run_id)
     if "dataset" not in asked:
         raise UsageError(f"'{settings.model_uri}' does not tell what it was trained on; give dataset=")
-    return load_matching(
-        **asked,
-        classes=classifier.classes,
-        image_shape=classifier.image_shape,
-        split=settings.split,
-        data_dir=Path(settings.data_dir),
-        on_error=settings.on_error,
-    )
+    return load_matching(classifier, asked, settings, settings.split)
 
 
 def report(run: Run, split: str, data: Dataset, rows: np.ndarray, logits_NK: np.ndarray) -> dict[str, float]:

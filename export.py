@@ -51,14 +51,7 @@ def main(settings: Settings) -> None:
         network, spec = load_network(fetch_run_file(source_run, f"{CHECKPOINTS}/{NETWORK}", Path(scratch)))
         with start_run(settings, "export", about=("export", settings.model_uri)) as run:
             run.tags({"source_run": source_run})
-            data = load_matching(
-                **data_to_load(settings, source_run),
-                classes=spec.classes,
-                image_shape=spec.image_shape,
-                split="test",
-                data_dir=Path(settings.data_dir),
-                on_error=settings.on_error,
-            )
+            data = load_matching(spec, data_to_load(settings, source_run), settings, "test")
             folder = Path(scratch) / "export"
             write_files(network, spec, data, folder)
             check_against_torch(run, network, data, folder)

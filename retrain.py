@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from utils.projects import BACKENDS
 from utils.runtime import launch
 from utils.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from data_loader.dataset import Dataset
     from models.onnx_model import OnnxClassifier
     from monitoring.prediction_log import Feedback, Window
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from utils.registry import Candidate
     from utils.tracking import Run
     from utils.turn import Turns
-
-GIVEN_HERE = ("dataset", "data_version", "data_repo", "data_dir", "on_error", "resume", "register_as")
-"""Parameters of the training that retrain gives it; the others are those of the rules' file or else the champion's."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +41,35 @@ class Settings:
 
 @dataclass(frozen=True)
 class Present:
-    """The champion, and the images that it is judged by."""
+    """What is known of the champion, the champion itself, and the images that it is judged by."""
 
-    champion: Candidate
+    facts: Facts
     model: OnnxClassifier
-    turns: Turns
     data: Dataset
-    window: Window | None
-    feedback: Feedback | None
+    window: Window
+    feedback: Feedback
     folder: Path
     """For what has to be downloaded."""
 
 
 def main(settings: Settings) -> None:
-    """Rules, champion, facts, decision; training, comparison, promotion."""
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
+    """Rules, champion, decision; training, comparison, promotion."""
     from monitoring.rules import decide, read_rules
     from utils import registry
     from utils.artifacts import model_run
-    from utils.projects import entry_point_parameters, read_backend_config
+    from utils.projects import read_backend_config
+    from utils.retraining import changeable_parameters, train_like
     from utils.tracking import start_run
     from utils.turn import Taken, Turns
 
-    allowed = [name for name in entry_point_parameters("main") if name not in (*GIVEN_HERE, "image_size")]
-    rules = read_rules(Path(settings.rules), allowed)
+    rules = read_rules(Path(settings.rules), changeable_parameters())
     config = read_backend_config(settings.backend, settings.backend_config)
     champion = registry.candidate(f"models:/{settings.name}@{registry.CHAMPION}")
     turns = Turns(model_run(champion.uri))
     with start_run(settings, "retrain", about=("retrain", settings.name)) as run, TemporaryDirectory() as folder:
-        present = look(settings, champion, turns, Path(folder))
-        facts = gather(settings, rules, present)
-        decision = decide(facts, rules)
-        run.metrics(facts.metrics())
+        present = look(settings, rules, champion, turns, Path(folder))
+        decision = decide(present.facts, rules)
+        run.metrics(present.facts.metrics())
         run.dataset(**present.data.identity(), context="retraining", profile=present.data.profile())
         report(run, champion, decision, "under way" if decision.retrain else "not needed")
         if not decision.retrain:
@@ -85,7 +77,7 @@ def main(settings: Settings) -> None:
         outcome = "stopped"
         try:
             with turns.take(run.id):
-                trained_by = train(settings, rules, config, present)
+                trained_by = train_like(turns.trained_by, settings, rules.training, config, present.data.digest)
                 new = registry.challenger(champion, trained_by, {"retrain_run": run.id})
                 run.tags({"training_run": trained_by, "new_version": new.version})
                 better, why, accuracies = judge(settings, rules, run, new, present)
@@ -104,85 +96,36 @@ def main(settings: Settings) -> None:
             report(run, champion, decision, outcome)
 
 
-def look(settings: Settings, champion: Candidate, turns: Turns, folder: Path) -> Present:
-    """The champion, the data set to train on, which has the champion's classes, and the champion's rows of the log."""
-    from pathlib import Path
-
+def look(settings: Settings, rules: Rules, champion: Candidate, turns: Turns, folder: Path) -> Present:
+    """The champion, the data set to train on, the champion's rows of the log, and from them what the rules ask for."""
     from data_loader.matching import load_matching
     from data_loader.store import open_store
     from models.onnx_model import OnnxClassifier
-    from monitoring.prediction_log import read_feedback, read_window
-    from monitoring.window import span
-    from utils.artifacts import data_to_load, fetch_model
-
-    model = OnnxClassifier(fetch_model(champion.uri, folder / "champion").path)
-    data = load_matching(
-        **data_to_load(settings, turns.trained_by),
-        classes=model.classes,
-        image_shape=model.image_shape,
-        split="test",
-        data_dir=Path(settings.data_dir),
-        on_error=settings.on_error,
-    )
-    if not settings.log:
-        return Present(champion, model, turns, data, None, None, folder)
-    store, when = open_store(settings.log), span(settings.hours)
-    window = read_window(store, when.since, when.until, model=champion.name, version=champion.version)
-    return Present(champion, model, turns, data, window, read_feedback(store, window), folder)
-
-
-def gather(settings: Settings, rules: Rules, present: Present) -> Facts:
-    """What the rules ask for."""
+    from monitoring.drift import compare
+    from monitoring.reference import REFERENCE, read_reference
     from monitoring.rules import Facts
-    from utils.artifacts import run_params
+    from monitoring.window import recent
+    from utils.artifacts import data_to_load, fetch_model, find_run_file, run_params
     from utils.registry import age_days
 
-    params, data = run_params(present.turns.trained_by), present.data
-    had = sum(int(params.get(f"{split}_images", 0)) for split in data.rows)
-    right = present.feedback.right_F.tolist() if present.feedback else []
-    return Facts(
-        drift=drift(rules, present),
-        window_images=len(present.window or ()),
-        new_labels=0 if params.get("data_digest") == data.digest else max(0, len(data.labels_N) - had),
-        feedback=len(right),
-        accuracy=sum(right) / len(right) if right else None,
-        age_days=age_days(present.champion),
-        rested_hours=present.turns.hours_since_last(),
+    model = OnnxClassifier(fetch_model(champion.uri, folder / "champion").path)
+    data = load_matching(model, data_to_load(settings, turns.trained_by), settings, "test")
+    log = open_store(settings.log or str(folder))  # that folder holds no rows, like a log that is new
+    window, feedback = recent(log, settings.hours, model=champion.name, version=champion.version)
+    reference = None
+    if len(window) >= rules.window_images:
+        reference = find_run_file(turns.trained_by, REFERENCE, folder, "nothing is known of drift")
+    facts = Facts(
+        drift=compare(read_reference(reference), window).scores() if reference else None,
+        window_images=len(window),
+        new_labels=data.images_more_than(run_params(turns.trained_by)),
+        feedback=len(feedback.labels),
+        accuracy=feedback.accuracy,
+        age_days=age_days(champion),
+        rested_hours=turns.hours_since_last(),
         forced=settings.force,
     )
-
-
-def drift(rules: Rules, present: Present) -> dict[str, float] | None:
-    """The score of each part, as `monitor` measures it; None where the window is too small or has no reference."""
-    from monitoring.drift import PARTS, compare
-    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, read_reference
-    from utils import UsageError
-    from utils.artifacts import fetch_run_file
-
-    if present.window is None or len(present.window) < rules.window_images:
-        return None
-    try:
-        file = fetch_run_file(present.turns.trained_by, f"{REFERENCE_FOLDER}/{REFERENCE_FILE}", present.folder)
-    except UsageError as error:
-        print(f"nothing is known of drift: {error}")
-        return None
-    found = compare(read_reference(file), present.window)
-    return {part: found.score(part) for part in PARTS}
-
-
-def train(settings: Settings, rules: Rules, config: dict[str, Any], present: Present) -> str:
-    """Train as the champion was, but for the data and what the rules' file says; gives the run."""
-    from utils import RunFailed
-    from utils.artifacts import data_to_load, run_params
-    from utils.projects import parameters_like, run_entry_point
-
-    parameters = parameters_like(present.turns.trained_by, "main", GIVEN_HERE) | dict(rules.training)
-    parameters |= data_to_load(settings, present.turns.trained_by)
-    parameters |= {"data_dir": settings.data_dir, "on_error": settings.on_error, "register_as": settings.name}
-    run_id = run_entry_point("main", parameters, settings.backend, config)
-    if run_params(run_id).get("data_digest") != present.data.digest:
-        raise RunFailed(f"run {run_id} was trained on other data than there is here to compare on; did they change?")
-    return run_id
+    return Present(facts, model, data, window, feedback, folder)
 
 
 def judge(
@@ -198,33 +141,29 @@ def judge(
     from monitoring.rules import better
     from utils.artifacts import fetch_model
 
-    data, window, feedback = present.data, present.window, present.feedback
+    data, window, rows = present.data, present.window, present.data.rows["test"]
     models = OnnxClassifier(fetch_model(new.uri, present.folder / "new").path), present.model
-    duels = {"test": duel(*models, data.images_NHWC, data.rows["test"], data.labels_N[data.rows["test"]])}
-    if window is not None and feedback is not None:
-        told = dict(zip(feedback.rows_F.tolist(), feedback.labels, strict=True))
-        log = open_store(settings.log), window.images, window.kept
-        labelled = labelled_images(*log, told, data, enough=rules.labelled_images)
+    duels = {"test": duel(*models, data.images_NHWC, rows, data.labels_N[rows])}
+    if settings.log:
+        kept, told = (open_store(settings.log), window.images, window.kept), present.feedback.label_of_row()
+        labelled = labelled_images(*kept, told, data, enough=rules.labelled_images)
         run.metrics({"window/labelled_images": len(labelled), "window/learnt_images": labelled.learnt})
         if len(labelled):
             duels["window"] = duel(*models, labelled.images_MHWC, np.arange(len(labelled)), labelled.labels_M)
-    accuracies: dict[str, float] = {}
     for name, result in duels.items():
         run.metrics(result.metrics(name))
-        accuracies |= result.accuracies(name)
         print(result.sentence(name))
+    accuracies = {key: value for name, result in duels.items() for key, value in result.accuracies(name).items()}
     return *better(duels["test"], duels.get("window"), rules), accuracies
 
 
 def report(run: Run, champion: Candidate, decision: Decision, outcome: str) -> None:
     """Decision and outcome: on the screen, as tags and as the run's description."""
-    answer = "yes" if decision.retrain else "no"
+    model = f"version {champion.version} of {champion.name}"
     about = {"model_name": champion.name, "model_version": champion.version}
-    run.tags({**about, "decision": answer, "rules": decision.rules, "outcome": outcome})
-    said = f"**Retrain version {champion.version} of {champion.name}: {answer}**, {decision.reason}."
-    run.describe(f"{said}\n\n**Outcome**: {outcome}.\n\n{decision.table()}")
-    print(f"retrain version {champion.version} of {champion.name}: {answer}, {decision.reason}")
-    print(f"outcome: {outcome}", flush=True)
+    run.tags({**about, "decision": decision.answer, "rules": decision.rules, "outcome": outcome})
+    run.describe(decision.markdown(model, outcome))
+    print(f"retrain {model}: {decision.answer}, {decision.reason}\noutcome: {outcome}", flush=True)
 
 
 if __name__ == "__main__":

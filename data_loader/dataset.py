@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class Dataset:
         shape = "x".join(map(str, self.images_NHWC.shape[1:]))
         counts = {f"{split}_images": len(rows) for split, rows in self.rows.items()}
         return {"image_shape": shape, "classes": len(self.classes), **counts}
+
+    def images_more_than(self, run_params: Mapping[str, str]) -> int:
+        """How many images it has more than the data of a run, whose parameters hold that data's profile and digest."""
+        if run_params.get("data_digest") == self.digest:
+            return 0
+        had = sum(int(run_params.get(f"{split}_images", 0)) for split in self.rows)
+        return max(0, len(self.labels_N) - had)
 
     def facts(self) -> dict[str, Any]:
         """What a network has to know of it; the mean and deviation are those of the training split's raw pixels."""

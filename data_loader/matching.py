@@ -1,55 +1,54 @@
 """The data set that goes with a trained model: same classes, same kind of image."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from data_loader import DataError
 from data_loader.dataset import Dataset, load
 
 
-def load_matching(
-    dataset: str,
-    *,
-    classes: tuple[str, ...],
-    image_shape: tuple[int, int, int],
-    split: str,
-    data_dir: Path,
-    on_error: str = "fail",
-    data_version: str = "",
-    data_repo: str = "",
-) -> Dataset:
-    """Load `dataset` in the size that a model takes.
+class Model(Protocol):
+    """What a data set has to match."""
 
-    classes and image_shape (height, width, channels) are the model's; data_version and data_repo are those of load().
-    Raises DataError where the data set has
-    others, or no image in `split`.
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+
+
+def load_matching(model: Model, asked: Mapping[str, str], settings: Any, split: str) -> Dataset:
+    """Load a data set in the size that a model takes.
+
+    asked: dataset and, where they are given, data_version and data_repo, as for load(). settings: those of an entry
+    point, of which data_dir and on_error are read. Raises DataError where the data set has other classes or images than
+    the model, or no image in `split`.
     """
-    height, width, _ = image_shape
-    size = height if height == width else 0
+    height, width, _ = model.image_shape
     data = load(
-        dataset,
-        data_dir=data_dir,
-        image_size=size,
-        on_error=on_error,
-        data_version=data_version,
-        data_repo=data_repo,
+        **asked,
+        data_dir=Path(settings.data_dir),
+        image_size=height if height == width else 0,
+        on_error=settings.on_error,
     )
-    check_matching(data, classes, image_shape)
+    check_matching(data, model)
     if not len(data.rows[split]):
         have = ", ".join(f"{name} {len(rows)}" for name, rows in data.rows.items())
-        raise DataError(f"dataset {dataset!r} has no image in the split {split!r}; it has: {have}")
+        raise DataError(f"dataset {asked['dataset']!r} has no image in the split {split!r}; it has: {have}")
     return data
 
 
-def check_matching(data: Dataset, classes: tuple[str, ...], image_shape: tuple[int, int, int]) -> None:
+def check_matching(data: Dataset, model: Model) -> None:
     """Raise DataError unless the data set has a model's classes, in the model's order, and its image shape."""
-    if data.classes != classes:
+    if data.classes != model.classes:
         raise DataError(
-            f"dataset {data.name!r} has {_describe(data.classes)}, the model knows {_describe(classes)};"
+            f"dataset {data.name!r} has {_describe(data.classes)}, the model knows {_describe(model.classes)};"
             " they must be the same in the same order"
         )
-    if data.images_NHWC.shape[1:] != image_shape:
+    if data.images_NHWC.shape[1:] != model.image_shape:
         raise DataError(
-            f"dataset {data.name!r} has images {data.images_NHWC.shape[1:]}, the model takes {image_shape}"
+            f"dataset {data.name!r} has images {data.images_NHWC.shape[1:]}, the model takes {model.image_shape}"
             " (height, width, channels); give a data set of that shape"
         )
 

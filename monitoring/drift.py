@@ -114,6 +114,10 @@ class Drift:
         """The largest score of a part's tests: drift from 1 on."""
         return max(finding.score for finding in self.part(part))
 
+    def scores(self) -> dict[str, float]:
+        """The score of each of PARTS."""
+        return {part: self.score(part) for part in PARTS}
+
 
 def compare(reference: Observations, window: Observations, *, false_alarm_rate: float = FALSE_ALARM_RATE) -> Drift:
     """Test a window of predictions against the reference of the model that made them.

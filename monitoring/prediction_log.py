@@ -66,6 +66,15 @@ class Feedback:
     right_F: np.ndarray
     """Whether the prediction was right."""
 
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right predictions; None where there is no feedback."""
+        return float(self.right_F.mean()) if len(self.right_F) else None
+
+    def label_of_row(self) -> dict[int, str]:
+        """The true class by position in the window."""
+        return dict(zip(self.rows_F.tolist(), self.labels, strict=True))
+
 
 def read_window(
     store: Store,

@@ -100,13 +100,13 @@ class Report:
     @property
     def accuracy(self) -> float | None:
         """Share of right predictions among those with feedback; None where there is none."""
-        return float(self.feedback.right_F.mean()) if len(self.feedback.right_F) else None
+        return self.feedback.accuracy
 
     def metrics(self) -> dict[str, float]:
         """The numbers by the names of a run's metrics."""
         drift = self.drift
         numbers = {f"drift_{part}_p": drift.p(part) for part in PARTS}
-        numbers |= {f"drift_{part}_score": drift.score(part) for part in PARTS}
+        numbers |= {f"drift_{part}_score": score for part, score in drift.scores().items()}
         numbers |= {"drift_detected": float(drift.drifted), "window_images": drift.images}
         numbers |= {"reference_images": len(self.reference), "feedback_images": len(self.feedback.right_F)}
         return numbers if self.accuracy is None else numbers | {"feedback_accuracy": self.accuracy}

@@ -99,6 +99,11 @@ class Decision:
     """Why it is no although a rule spoke."""
 
     @property
+    def answer(self) -> str:
+        """The decision in a word."""
+        return "yes" if self.retrain else "no"
+
+    @property
     def rules(self) -> str:
         """The rules that spoke, "none" for none."""
         return ", ".join(opinion.rule for opinion in self.opinions if opinion.speaks) or "none"
@@ -108,6 +113,11 @@ class Decision:
         """A sentence."""
         spoken = "; ".join(opinion.why for opinion in self.opinions if opinion.speaks) or "no rule speaks for it"
         return f"{spoken}; but {self.held_back}" if self.held_back else spoken
+
+    def markdown(self, model: str, outcome: str) -> str:
+        """The decision about a model, what came of it, and a table of what each rule says."""
+        said = f"**Retrain {model}: {self.answer}**, {self.reason}."
+        return f"{said}\n\n**Outcome**: {outcome}.\n\n{self.table()}"
 
     def table(self) -> str:
         """What each rule says, in Markdown."""

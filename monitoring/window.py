@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from monitoring import MonitoringError
-from monitoring.prediction_log import Store, Window, contents, read_window
+from monitoring.prediction_log import Feedback, Store, Window, contents, read_feedback, read_window
 
 MOST_ROWS = 100_000
 """Of a longer window so many rows at most are held in memory: with embeddings of 256 numbers, 600 MB."""
@@ -58,6 +58,13 @@ def choose(store: Store, place: str, span: Span, *, model: str, version: str, le
     raise MonitoringError(
         f"{found}{counted}, allowed: at least min_images={least}; give a longer window (hours=, since=)"
     )
+
+
+def recent(store: Store, hours: float, *, model: str, version: str) -> tuple[Window, Feedback]:
+    """The rows of a version of the last `hours`, and the feedback that came for them."""
+    when = span(hours)
+    window = read_window(store, when.since, when.until, model=model, version=version)
+    return window, read_feedback(store, window)
 
 
 def with_images(store: Store, place: str, hours: float, *, model: str = "", version: str = "") -> Window:
