@@ -2,7 +2,8 @@
 conventions of the published images, under their names.
 
 Nothing is downloaded: a program comes along with the libraries that it is linked with, as the dynamic linker finds them
-here, and the Dockerfiles in stand_ins/ begin from nothing. An image that was pulled is left as it is.
+here, and the Dockerfiles in stand_ins/ begin from nothing, or from the base image. An image that was pulled is left as
+it is.
 """
 
 import io
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,8 +34,9 @@ PROGRAMS = {
     "alertmanager": "sh chmod chown ln mkdir wget prometheus-alertmanager",
     "pushgateway": "sh chmod chown mkdir wget prometheus-pushgateway",
     "node-exporter": "sh wget prometheus-node-exporter",
+    "triton": "curl",
 }
-CANNOT_BE_MADE = {"grafana", "triton"}  # no packages of Debian's
+CANNOT_BE_MADE = {"grafana"}  # no package of Debian's
 FOLDERS = {
     "postgresql": [
         "/usr/lib/postgresql/15/lib",
@@ -43,6 +46,10 @@ FOLDERS = {
     ],
     "mariadb": ["/usr/share/mysql"],
     "alertmanager": ["/usr/share/prometheus/alertmanager"],
+    "triton": [
+        f"{sys.prefix}/triton",
+        *(f"{sysconfig.get_path('purelib')}/{name}" for name in ("numpy", "numpy.libs", "onnxruntime")),
+    ],
 }
 LEFT_OUT = {"llvmjit.so"}  # and with it 100 MB of a compiler
 LINKS = {name: f"usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}
@@ -95,9 +102,10 @@ def find(name: str) -> str:
 
 
 def place(path: Path) -> str:
-    """Where a file goes: where it lies, with /lib and the like in /usr, and programs of the environment in /usr/bin."""
+    """Where a file goes: where it lies, with /lib and the like in /usr; from the environment to /usr/bin or /opt."""
     if path.is_relative_to(sys.prefix):
-        return f"usr/bin/{path.name}"
+        inside = path.relative_to(sys.prefix)
+        return f"{'usr' if inside.parts[0] == 'bin' else 'opt'}/{inside}"
     return str(path).lstrip("/") if path.parts[1] == "usr" else f"usr{path}"
 
 
@@ -105,4 +113,4 @@ def libraries(paths: Iterable[Path]) -> set[Path]:
     """All that the programs and libraries among `paths` are linked with."""
     linked = [path for path in paths if path.read_bytes()[:4] == b"\x7fELF"]
     listed = subprocess.run(["ldd", *linked], capture_output=True, text=True).stdout
-    return {Path(found) for found in re.findall(r"(/\S+) \(0x", listed)}
+    return {Path(os.path.normpath(found)) for found in re.findall(r"(/\S+) \(0x", listed)}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 import requests
 import yaml
@@ -24,8 +25,12 @@ from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ports import free_port
-from service import PredictionService
+from service import PredictionService, expected_logits, some_images
 from service_images import CANNOT_BE_MADE, find, make_stand_in
+from triton_server import PYTHON, check_that_it_runs
+
+from models.triton import to_repository
+from serving.remote import Remote
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ROOT / "services"
@@ -112,9 +117,14 @@ def images(engine: Any, base_image: str) -> None:
 
         missing("there is no docker-compose")
     for name, service in yaml.safe_load((SERVICES / "compose.yaml").read_text())["services"].items():
-        if name not in ("server", *CANNOT_BE_MADE):
-            (image,) = re.findall(r"^\$\{\w+:-(.+)\}$", service["image"])
-            make_stand_in(engine, name, image)
+        if name not in ("server", "triton", *CANNOT_BE_MADE):
+            make_stand_in(engine, name, image_of(service))
+
+
+def image_of(service: dict[str, Any]) -> str:
+    """The image that compose.yaml has for a service where the settings name no other."""
+    (image,) = re.findall(r"^\$\{\w+:-(.+)\}$", service["image"])
+    return str(image)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +376,32 @@ def test_mariadb_with_clients_that_reach_s3(
         check_run(client, *runs[0])
     finally:
         stack.remove()
+
+
+def test_triton_serves_what_export_wrote(stack: Stack, served_model: Path, tmp_path: Path) -> None:
+    """As long as the settings name a model repository."""
+    check_that_it_runs()
+    if PYTHON != "3.11":
+        from conftest import missing
+
+        missing(f"the packages for Triton's backend are those of Python {PYTHON}, the base image has Python 3.11")
+    service = yaml.safe_load((SERVICES / "compose.yaml").read_text())["services"]["triton"]
+    make_stand_in(stack.engine, "triton", image_of(service))
+    to_repository(served_model, "classifier", tmp_path / "triton")
+    ports = {name: str(free_port()) for name in ("TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")}
+    stack.up(TRITON_MODELS=str(tmp_path / "triton"), **ports)
+    assert stack.containers()["triton"]["State"]["Health"]["Status"] == "healthy"
+    images_NHWC = some_images(20)
+    for protocol in ("http", "grpc"):
+        url = f"127.0.0.1:{ports[f'TRITON_{protocol.upper()}_PORT']}"
+        assert url in stack.said
+        with Remote(url, protocol) as remote:
+            logits_NK, _ = remote.infer(remote.model("classifier"), images_NHWC)
+        np.testing.assert_allclose(logits_NK, expected_logits(served_model, images_NHWC), atol=1e-5)
+    metrics = requests.get(f"http://127.0.0.1:{ports['TRITON_METRICS_PORT']}/metrics").text
+    assert 'nv_inference_count{model="classifier",version="1"} 40\n' in metrics
+    stack.up()
+    assert stack.containers().keys() == {"postgresql", "s3", "server"}
 
 
 def test_the_prediction_services_image_is_made_as_the_manual_says(base_image: str) -> None:
