@@ -24,16 +24,15 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+from browser import chromium
 from PIL import Image
 from ports import free_port
 from prediction_logs import log_rows, write_feedback, write_log
 from prometheus_client.parser import text_string_to_metric_families
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from service import PredictionService, png
 from sklearn.datasets import load_digits
-from test_ui import CHROMIUM_FLAGS
 from tracking_server import copy_database
 
 import monitor
@@ -336,22 +335,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        missing("there is no browser here (Debian: apt-get install chromium chromium-driver)")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in [
-        *CHROMIUM_FLAGS,
-        "--window-size=1040,1400",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ]:
-        options.add_argument(flag)
-    browser = Chrome(options, Service(executable_path=driver))
-    yield browser
-    browser.quit()
+def browser() -> Iterator[Chrome]:
+    with chromium("--window-size=1040,1400", "--hide-scrollbars") as browser:
+        yield browser
 
 
 def test_the_page_is_whole_and_takes_names_as_text(digits: Digits, tmp_path: Path, browser: Chrome) -> None:

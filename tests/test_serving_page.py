@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,15 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import chromium
 from PIL import Image
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from service import CLASSES, ROOT, PredictionService, expected_logits, png, some_images
-from test_ui import CHROMIUM_FLAGS
 
-from conftest import missing
 from data_loader.images import decode_image
 
 pytestmark = pytest.mark.slow
@@ -34,18 +31,9 @@ Bars = list[tuple[str, float]]
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        missing("there is no browser here (Debian: apt-get install chromium chromium-driver)")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in [*CHROMIUM_FLAGS, "--window-size=900,640", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    browser = Chrome(options, Service(executable_path=driver))
-    yield browser
-    browser.quit()
+def browser() -> Iterator[Chrome]:
+    with chromium("--window-size=900,640") as browser:
+        yield browser
 
 
 @pytest.fixture

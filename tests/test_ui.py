@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -20,39 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from browser import chromium
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.server.auth.client import AuthServiceClient
 from PIL import Image
 from s3_server import S3Server
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from services_stack import ROOT, MlflowServer, PostgreSQL, new_folder, server_settings
 
-from conftest import missing
-
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 120
-CHROMIUM_FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    # Nothing but this machine exists: a page that needs the internet fails here.
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    # A mouse is there: without one Plotly shows the tool bar of each chart all the time.
-    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
-]
-
-
 USER, PASSWORD = "ada", "a-password-of-tests-1815"
 
 
@@ -136,20 +117,12 @@ def runs(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Runs
 
 
 @pytest.fixture(scope="module")
-def visitor(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def visitor(server: MlflowServer) -> Iterator[Chrome]:
     """A browser that has never been here."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        missing("there is no browser here (Debian: apt-get install chromium chromium-driver)")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    browser = Chrome(options, Service(executable_path=driver))
-    view = {"width": 1600, "height": 1120, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
-    yield browser
-    browser.quit()
+    with chromium() as browser:
+        view = {"width": 1600, "height": 1120, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+        yield browser
 
 
 @pytest.fixture(scope="module")
