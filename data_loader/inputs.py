@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_loader import DataError
+from data_loader import DataError, png
 from data_loader.batches import read_ahead
 from data_loader.images import decode_image, resize
 from data_loader.listing import HIDDEN, IMAGE_SUFFIXES
@@ -98,14 +98,23 @@ def _decode(files: list[tuple[str, Reader]], image_shape: Shape) -> Batch:
     names: list[str] = []
     bad: list[tuple[str, str]] = []
     images_NHWC = np.empty((len(files), *image_shape), np.uint8)
+    plain: dict[int, bytes] = {}
+    """Rows of images that are small plain PNG files -> their lines, which are made pixels together."""
     for name, read in files:
+        row = len(names)
         try:
-            images_NHWC[len(names)] = decode_image(read(), *image_shape)
+            data = read()
+            if (lines := png.filtered_lines(data, *image_shape)) is not None:
+                plain[row] = lines
+            else:
+                images_NHWC[row] = decode_image(data, *image_shape)
             names.append(name)
         except DataError as error:
             bad.append((name, str(error)))
         except OSError as error:
             bad.append((name, f"cannot be read: {error.strerror or error}"))
+    if plain:
+        images_NHWC[list(plain)] = png.unfiltered(list(plain.values()), *image_shape)
     return Batch(names, images_NHWC[: len(names)], bad)
 
 
@@ -145,10 +154,11 @@ def _folder_files(folder: Path, above: str, ancestors: frozenset[tuple[int, int]
     except OSError as error:
         raise DataError(f"folder {printable(str(folder))!r} cannot be listed: {error.strerror}") from None
     for entry in entries:
+        if _is_hidden(entry.name):
+            continue
         if entry.is_dir():
-            if not _is_hidden(entry.name):
-                yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
-        elif _is_image(entry.name):
+            yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             yield printable(above + entry.name), partial(read_file, entry.path)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 
@@ -90,18 +91,29 @@ class OnnxClassifier:
             raise ModelError(f"the model takes uint8 images [N, {expected}], received {images_NHWC.dtype} [{received}]")
         images = len(images_NHWC)
         step = max(1, min(self._slice, -(-images // self._threads)))
-
-        def run(start: int) -> None:
-            rows = slice(start, start + step)
-            for whole, part in zip(into, session.run(names, {INPUT: images_NHWC[rows]}), strict=True):
-                whole[rows] = part
-
         starts = range(0, images, step)
-        if self._threads == 1 or len(starts) == 1:
-            for start in starts:
-                run(start)
-        else:
-            list(self._pool.map(run, starts))
+        remaining = iter(starts)
+
+        def run_slices() -> None:
+            """All threads draw from what remains; when one fails, nothing remains for the others."""
+            try:
+                for start in remaining:
+                    rows = slice(start, start + step)
+                    for whole, part in zip(into, session.run(names, {INPUT: images_NHWC[rows]}), strict=True):
+                        whole[rows] = part
+            except BaseException:
+                deque(remaining, maxlen=0)
+                raise
+
+        helpers = [self._pool.submit(run_slices) for _ in range(min(self._threads, len(starts)) - 1)]
+        try:
+            run_slices()
+        finally:
+            # A helper that has not started is behind another call's and has nothing left to do.
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
+            helper.result()
 
     def logits_of(self, images_NHWC: np.ndarray, rows_N: np.ndarray, batch_size: int = 1024) -> np.ndarray:
         """logits_NK of some rows of a memory map, read batch by batch; a terminal shows how far it is."""

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,38 @@ def test_slices_and_threads_do_not_change_the_answer(exported, images, threads):
     np.testing.assert_allclose(classifier.logits(images_NHWC), expected_NK, atol=1e-5)
     shares_NK = classifier.probabilities(images_NHWC)
     np.testing.assert_allclose(shares_NK, torch.softmax(torch.from_numpy(expected_NK).double(), 1), atol=1e-6)
+
+
+def test_calls_of_several_threads_do_not_meet(exported):
+    classifier = OnnxClassifier(exported, threads=3)
+    inputs = [np.random.default_rng(seed).integers(0, 256, (1000, 12, 12, 1), np.uint8) for seed in range(6)]
+    expected = [OnnxClassifier(exported, threads=1).logits(images_NHWC) for images_NHWC in inputs]
+    with ThreadPoolExecutor(len(inputs)) as callers:
+        for logits_NK, expected_NK in zip(callers.map(classifier.logits, inputs), expected, strict=True):
+            np.testing.assert_allclose(logits_NK, expected_NK, atol=1e-5)
+
+
+class HalfLost(np.ndarray):
+    """Images of which the second half cannot be read, as on a disk that fails."""
+
+    def __getitem__(self, rows):
+        if rows.start >= len(self) // 2:
+            lost.append(rows.start)
+            raise OSError(f"row {rows.start} is lost")
+        return super().__getitem__(rows)
+
+
+lost: list[int] = []
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_error_in_a_thread_ends_the_call(exported, threads):
+    images_NHWC, classifier = pixels((12, 12, 1), 20_000), OnnxClassifier(exported, threads)
+    lost.clear()
+    with pytest.raises(OSError, match="is lost"):
+        classifier.logits(images_NHWC.view(HalfLost))
+    assert 1 <= len(lost) <= threads
+    assert len(classifier.logits(images_NHWC[:10])) == 10
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), np.uint8)
 
 
-def png(image_HWC: np.ndarray) -> bytes:
+def png(image_HWC: np.ndarray, form: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC[:, :, 0]).save(buffer, "PNG")
+    Image.fromarray(image_HWC[:, :, 0]).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -167,8 +167,8 @@ def test_arrays_of_another_size_or_colour_are_fitted_as_files_are(model: Path, t
 def test_batches_hold_every_image_once_and_in_order(tmp_path: Path, count: int, batch_size: int, threads: int) -> None:
     root = tmp_path / f"{count}"
     root.mkdir(exist_ok=True)
-    for number, image_HWC in enumerate(images(count)):
-        (root / f"{number:03}.png").write_bytes(png(image_HWC))
+    for number, image_HWC in enumerate(images(count)):  # those that are decoded together, and others among them
+        (root / f"{number:03}.png").write_bytes(png(image_HWC, "BMP" if number % 3 == 1 else "PNG"))
     batches = list(read_batches(str(root), SHAPE, batch_size, threads))
     assert [len(batch.names) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert [name for batch in batches for name in batch.names] == [f"{number:03}.png" for number in range(count)]
