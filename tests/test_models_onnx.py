@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -125,7 +126,7 @@ def test_calls_of_several_threads_do_not_meet(exported):
 class OnABadDisk(np.ndarray):
     """Images of which the first cannot be read."""
 
-    read: list[int] = []
+    read: ClassVar[list[int]] = []
 
     def __getitem__(self, rows):
         self.read.append(rows.start)
