@@ -1,8 +1,8 @@
 """Small plain PNG files, many at a time.
 
-Nearly all of the 40 us that Pillow takes for one of 28x28 pixels is Python's work on an object that could hold whatever
+Nearly all of the time that Pillow takes for one of 28x28 pixels is Python's work on an object that could hold whatever
 a PNG may say, and threads cannot share it. Here Python looks at a few bytes of each file, and Pillow undoes the filters
-of all of them in one go: 7 us a file.
+of all of them in one go (docs/decisions/0004-direct-dependencies.md has the numbers).
 """
 
 import struct
