@@ -5,6 +5,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -124,23 +126,31 @@ def test_calls_of_several_threads_do_not_meet(exported):
 
 
 class OnABadDisk(np.ndarray):
-    """Images of which the first cannot be read."""
+    """Images that either the calling thread or its helpers cannot read, and the others only slowly."""
 
+    caller_fails: ClassVar[bool]
     read: ClassVar[list[int]] = []
+    being_read: ClassVar[set[int]] = set()
 
     def __getitem__(self, rows):
         self.read.append(rows.start)
-        if rows.start == 0:
-            raise OSError("the first row is lost")
+        if (threading.current_thread() is threading.main_thread()) == self.caller_fails:
+            time.sleep(0.05)  # the others begin
+            raise OSError("a row is lost")
+        self.being_read.add(rows.start)
+        time.sleep(0.2)
+        self.being_read.remove(rows.start)
         return super().__getitem__(rows)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_an_error_in_one_thread_ends_the_call(exported, threads):
+@pytest.mark.parametrize(("threads", "caller_fails"), [(1, True), (4, True), (4, False)])
+def test_an_error_in_one_thread_ends_the_call(exported, threads, caller_fails, monkeypatch):
     images_NHWC, classifier = pixels((12, 12, 1), 100_000), OnnxClassifier(exported, threads)
+    monkeypatch.setattr(OnABadDisk, "caller_fails", caller_fails, raising=False)
     OnABadDisk.read.clear()
-    with pytest.raises(OSError, match="the first row is lost"):
+    with pytest.raises(OSError, match="a row is lost"):
         classifier.logits(images_NHWC.view(OnABadDisk))
+    assert not OnABadDisk.being_read
     assert max(OnABadDisk.read) < len(images_NHWC) // 2
     assert len(classifier.logits(images_NHWC[:10])) == 10
 
