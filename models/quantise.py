@@ -7,7 +7,9 @@ its integer convolution has no fast kernel.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +34,7 @@ def to_int8(source: Path, images_NHWC: np.ndarray, path: Path) -> None:
     if len(images_NHWC) == 0:
         raise ModelError("int8 needs training images to measure the activations on, received none")
     temporary = path.with_name(path.name + ".tmp")
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _one_scale_for_vectors():
         folded = Path(folder) / "folded.onnx"
         quant_pre_process(str(source), str(folded), skip_symbolic_shape=True)
         quantize_static(
@@ -45,6 +47,20 @@ def to_int8(source: Path, images_NHWC: np.ndarray, path: Path) -> None:
             weight_type=QuantType.QInt8,
         )
     temporary.replace(path)
+
+
+@contextmanager
+def _one_scale_for_vectors() -> Iterator[None]:
+    """Keep ONNX Runtime from telling for each normalisation's vector that it has no output channels to scale by."""
+
+    def otherwise(record: logging.LogRecord) -> bool:
+        return "out-of-range for weight" not in record.getMessage()
+
+    logging.getLogger().addFilter(otherwise)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(otherwise)
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]

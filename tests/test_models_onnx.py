@@ -243,7 +243,7 @@ def test_wrong_files_are_one_line(exported, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_int8_is_smaller_close_and_reproducible(tmp_path):
+def test_int8_is_smaller_close_and_reproducible(tmp_path, caplog):
     shape = (12, 12, 1)
     images_NHWC = pixels(shape, 300)
     to_onnx(network(), shape, CLASSES, tmp_path / "model.onnx", data_digest="x")
@@ -258,6 +258,7 @@ def test_int8_is_smaller_close_and_reproducible(tmp_path):
     assert (small.classes, small.image_shape) == (original.classes, original.image_shape)
     spread = original.logits(images_NHWC).std()
     assert np.abs(small.logits(images_NHWC) - original.logits(images_NHWC)).mean() < 0.1 * spread
+    assert not caplog.records
     with pytest.raises(ModelError, match="received none"):
         to_int8(tmp_path / "model.onnx", images_NHWC[:0], tmp_path / "none.onnx")
 
