@@ -2,12 +2,18 @@
 
 import gzip
 import os
+import signal
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 pytest_plugins = ["s3_server", "service", "services_stack", "tracking_server"]
+
+
+def pytest_configure() -> None:
+    """What a shell without job control starts in the background ignores Ctrl-C, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(reason: str) -> NoReturn:
