@@ -56,11 +56,12 @@ def main(settings: Settings) -> None:
     from models.scores import loss_and_accuracy
     from models.training import Window, begin, predict_logits, train_step
     from utils.artifacts import checkpoint_to_go_on_from
-    from utils.compute import Compute, make_deterministic
+    from utils.compute import Compute, keep_freed_memory, make_deterministic
     from utils.progress import Progress
     from utils.tracking import start_run
 
     make_deterministic()
+    keep_freed_memory()
     compute = Compute.pick(settings.device, settings.precision)
     rank, world_size, leads = compute.place.rank, compute.place.world_size, compute.place.leads
     about = (settings.dataset, settings.data_version, settings.network)

@@ -88,9 +88,10 @@ def bare_loop(data_dir: str) -> None:
     from models.networks import build
     from models.optimisation import learning_rate_at, make_optimizer
     from models.training import predict_logits, train_step
-    from utils.compute import Compute, make_deterministic
+    from utils.compute import Compute, keep_freed_memory, make_deterministic
 
     make_deterministic()
+    keep_freed_memory()
     compute = Compute.pick("auto", "auto")
     data = load("mnist", data_dir=Path(data_dir))
     images_NHWC, train_rows = np.array(data.images_NHWC), data.rows["train"]

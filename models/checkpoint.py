@@ -10,7 +10,7 @@ import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +37,29 @@ class NetworkSpec:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, texts and containers of them) to `path` in one step."""
+    """Write `state` (tensors, numbers, texts and containers of them) to `path` in one step; ModelError if it cannot."""
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            _write(state, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ModelError(
             f"cannot write the checkpoint {path}: {error.strerror}; free some space and run again"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(state: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # What stops the writing, Ctrl-C or a full disk, is hidden by torch's failure to end its archive after that.
+        raise error.__context__ or error from None
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """Networks, schedules and checkpoints against torch's own parts and formulas."""
 
+import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,12 +181,29 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [1, 1_000_000], ids=["found at the end", "found while torch writes"])
+def test_a_full_disk_leaves_the_checkpoint_before(weights: int, tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     save(tmp_path / "latest.pt", {"spec": 1})
     (tmp_path / "latest.pt.tmp").symlink_to(full)
     with pytest.raises(ModelError, match="No space left on device; free some space"):
-        save(tmp_path / "latest.pt", {"spec": 2})
+        save(tmp_path / "latest.pt", {"spec": torch.zeros(weights)})
     assert load(tmp_path / "latest.pt") == {"spec": 1}
+    assert list(tmp_path.iterdir()) == [tmp_path / "latest.pt"]
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own answer is a RuntimeError, which would end the run as FAILED, with a traceback."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell():
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "open", lambda path, mode: path.touch() or Interrupted())
+        save(tmp_path / "latest.pt", {"spec": torch.zeros(1000)})
+    assert list(tmp_path.iterdir()) == []

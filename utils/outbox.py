@@ -127,11 +127,14 @@ class Outbox:
                 self._changed.wait_for(lambda: self._letters or self._closed)
                 if not self._letters:
                     return
-                # Let metrics gather, so that a request carries many.
-                self._changed.wait_for(lambda: self._hurry or self._closed, timeout=SEND_EVERY_S)
+                self._changed.wait_for(self._is_due, timeout=SEND_EVERY_S)
                 letters, self._letters, self._sending = self._letters, [], True
             for letter in letters:
                 self._deliver(letter)
+
+    def _is_due(self) -> bool:
+        """Metrics gather for a while, so that a request carries many; everything else goes at once."""
+        return self._hurry or self._closed or any(letter.send for letter in self._letters)
 
     def _deliver(self, letter: Letter) -> None:
         """Send a letter, again and again while the server is away; once it is given up, keep everything."""
