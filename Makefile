@@ -7,7 +7,7 @@ BACKUP ?=
 FORCE ?=
 URI = $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 # With Docker alone there is no .venv, and none is needed.
-SERVICES_PYTHON = $$(test -e .venv/installed-services && echo .venv/bin/python || echo $(PYTHON))
+SERVICES_PYTHON = $$(test -e .venv/installed-services && echo .venv/bin/python || echo "$(PYTHON)")
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 # Nothing here reports to anyone: MLflow would send usage data.
@@ -44,23 +44,23 @@ bench: .venv/installed-dev  ## run every benchmark; each prints its ratio last
 	@for script in benchmarks/*.py; do echo "== $$script"; $(IN_VENV) python "$$script" || exit 1; done
 
 services:  ## start the team's tracking server with Docker Compose (settings: services/.env)
-	@$(PYTHON) services/compose.py up
+	@"$(PYTHON)" services/compose.py up
 
 services-local: .venv/installed-services  ## start the tracking server without Docker, on loopback
-	@$(SERVICES_PYTHON) services/local.py start
+	@"$(SERVICES_PYTHON)" services/local.py start
 
 services-stop:  ## end what `make services-local` started; its data stays
-	@$(SERVICES_PYTHON) services/local.py stop
+	@"$(SERVICES_PYTHON)" services/local.py stop
 
 backup:  ## write the tracking server's databases and artifacts to services/backups/
-	@$(SERVICES_PYTHON) services/backup.py backup
+	@"$(SERVICES_PYTHON)" services/backup.py backup
 
 restore:  ## put a backup back (BACKUP=services/backups/TIME; FORCE=1: over what is there)
-	@FORCE="$(FORCE)" $(SERVICES_PYTHON) services/backup.py restore "$(BACKUP)"
+	@FORCE="$(FORCE)" "$(SERVICES_PYTHON)" services/backup.py restore "$(BACKUP)"
 
 upgrade:  ## after new locks: a backup, then the tracking server's databases to the new MLflow's schema
 	@test ! -d services/data/postgresql || $(MAKE) --no-print-directory .venv/installed-services
-	@$(SERVICES_PYTHON) services/backup.py upgrade
+	@"$(SERVICES_PYTHON)" services/backup.py upgrade
 
 clean:  ## remove .venv and the tools' caches; runs and data stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -70,14 +70,14 @@ clean:  ## remove .venv and the tools' caches; runs and data stay
 # is started again from nothing. pip comes from outside, because Debian's Python cannot put one into a venv. Python
 # compiles what it imports; compiling all at once would double the time to the first run.
 .venv/installed: requirements.lock
-	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later"; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
+	@command -v "$(PYTHON)" > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
 		sys.exit(f"error: Python 3.11 or later is needed, $(PYTHON) is {v}; name another: make PYTHON=python3.12")'
-	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("pip") or \
+	@"$(PYTHON)" -c 'import importlib.util, sys; importlib.util.find_spec("pip") or \
 		sys.exit("error: $(PYTHON) has no pip; install it (Debian: apt-get install python3-pip)")'
 	@echo "Making .venv: 5.4 GB, a few minutes"
-	@$(PYTHON) -m venv --clear --without-pip .venv
-	@$(PYTHON) -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
+	@"$(PYTHON)" -m venv --clear --without-pip .venv
+	@"$(PYTHON)" -m pip --python .venv/bin/python install --quiet --no-compile --require-hashes -r requirements.lock
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.lock tests/requirements.lock plugin/pyproject.toml

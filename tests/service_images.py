@@ -113,4 +113,4 @@ def libraries(paths: Iterable[Path]) -> set[Path]:
     """All that the programs and libraries among `paths` are linked with."""
     linked = [path for path in paths if path.read_bytes()[:4] == b"\x7fELF"]
     listed = subprocess.run(["ldd", *linked], capture_output=True, text=True).stdout
-    return {Path(os.path.normpath(found)) for found in re.findall(r"(/\S+) \(0x", listed)}
+    return {Path(os.path.normpath(found)) for found in re.findall(r"(?:=> |^\s+)(/.+) \(0x", listed, re.MULTILINE)}

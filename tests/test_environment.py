@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def fake_python(folder: Path, version: str) -> str:
     script = folder / "python-stand-in"
     info = f"({version.replace('.', ', ')})"
     script.write_text(
-        f"#!{shutil.which('python3')}\nimport sys\nsys.version, sys.version_info = '{version} (x)', {info}\n"
+        f"#!{Path(sys.executable).resolve()}\nimport sys\nsys.version, sys.version_info = '{version} (x)', {info}\n"
         "exec(sys.argv[2])\n"
     )
     script.chmod(0o755)

@@ -97,12 +97,11 @@ def test_precision_auto_is_bf16_where_the_processor_is_faster_at_it(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """Else the system clears every page anew: 2,000 of them for each 8 MiB that were given back."""
+    """Of 160,000 pages that are used again, hardly any is cleared anew; by default, most often, all of them are."""
     code = """
-import resource, sys, torch
+import resource, torch
 from utils.compute import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+keep_freed_memory()
 def step():
     held = [torch.ones(2**21) for _ in range(8)]
 for _ in range(3):
@@ -112,11 +111,8 @@ for _ in range(10):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("keep", "give")
-    )
-    assert kept < given_back / 5, (kept, given_back)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000
 
 
 def test_half_a_group_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

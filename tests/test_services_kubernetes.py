@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> Object:
 
     values = "".join(f"{name}=value-of-{name}\n" for name in settings.KNOWN)
     (folder / "services" / ".env").write_text(values)
-    command = command.replace("kubectl", find("kubectl"), 1) + " --dry-run=client --output=yaml"
+    command = command.replace("kubectl", shlex.quote(find("kubectl")), 1) + " --dry-run=client --output=yaml"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(yaml.safe_load(done.stdout))

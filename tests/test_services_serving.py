@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def secret() -> Object:
     section = (ROOT / "docs" / "operations.md").read_text().split("## The prediction service on Kubernetes")[1]
     (command,) = re.findall(r"^kubectl create secret .*?[^\\]$", section, re.MULTILINE | re.DOTALL)
     given = {name: f"value-of-{name}" for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
-    command = command.replace("kubectl", find("kubectl"), 1) + " --dry-run=client --output=yaml"
+    command = command.replace("kubectl", shlex.quote(find("kubectl")), 1) + " --dry-run=client --output=yaml"
     environment = {"PATH": "/usr/bin:/bin", "SERVING_TOKEN": TOKEN, **given, "AWS_PROFILE": "not-for-the-cluster"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
