@@ -134,22 +134,23 @@ def report(settings: Settings, data: Dataset, state: TrainingState, facts: dict[
     from models.onnx_model import OnnxClassifier
     from models.pictures import learning_curves
     from models.report import judge
-    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, make_reference, write_reference
+    from monitoring.reference import REFERENCE_FILE, REFERENCE_FOLDER, chosen_rows, make_reference, write_reference
 
     onnx_file, rows = run.folder / MODEL_FILE, data.rows["test"]
     run.artifact(run.folder / NETWORK, CHECKPOINTS)
     run.tags(facts)
     run.model(onnx_file, data.images_NHWC[rows[:1]], step=state.step)
 
-    classifier = OnnxClassifier(onnx_file)
-    found = judge(classifier.logits_of(data.images_NHWC, rows), data.labels_N[rows], data.classes)
+    seen = chosen_rows(len(rows))
+    logits_NK, embeddings_ME = OnnxClassifier(onnx_file).outputs_of(data.images_NHWC, rows, seen)
+    found = judge(logits_NK, data.labels_N[rows], data.classes)
     run.metrics(found.metrics("test"))
     run.picture(learning_curves(state.history), "pictures/learning_curves.png")
     run.picture(found.confusion_matrix, "pictures/confusion_matrix.png")
     if found.captions:
         run.picture(image_grid(data.images_NHWC[rows[found.worst]], found.captions), "pictures/worst_mistakes.png")
-    test = (data.images_NHWC, data.labels_N, rows)
-    reference = make_reference(*test, data.classes, outputs=classifier.outputs, statistics=image_statistics)
+    test = (data.images_NHWC, data.labels_N, rows[seen], data.classes)
+    reference = make_reference(*test, outputs=(logits_NK[seen], embeddings_ME), statistics=image_statistics)
     run.artifact(write_reference(reference, run.folder / REFERENCE_FILE), REFERENCE_FOLDER)
     result = found.sentence("test", len(rows))
     run.describe(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
@@ -117,14 +117,31 @@ class OnnxClassifier:
 
     def logits_of(self, images_NHWC: np.ndarray, rows_N: np.ndarray, batch_size: int = 1024) -> np.ndarray:
         """logits_NK of some rows of a memory map, read batch by batch; a terminal shows how far it is."""
-        from tqdm import tqdm
+        return np.concatenate([self.logits(images_NHWC[rows]) for _, rows in _batches(rows_N, batch_size)])
 
-        starts = tqdm(range(0, len(rows_N), batch_size), unit="batch", desc="predicting", disable=None, leave=False)
-        return np.concatenate([self.logits(images_NHWC[rows_N[start : start + batch_size]]) for start in starts])
+    def outputs_of(
+        self, images_NHWC: np.ndarray, rows_N: np.ndarray, chosen_M: np.ndarray, batch_size: int = 1024
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `logits_of`, and embeddings_ME of the images at rows_N[chosen_M]; `chosen_M` is in ascending order."""
+        logits, embeddings = [], []
+        for start, rows in _batches(rows_N, batch_size):
+            logits_BK, embeddings_BE = self.outputs(images_NHWC[rows])
+            first, end = np.searchsorted(chosen_M, (start, start + len(rows)))
+            logits.append(logits_BK)
+            embeddings.append(embeddings_BE[chosen_M[first:end] - start])
+        return np.concatenate(logits), np.concatenate(embeddings)
 
     def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, C] -> float64 [N, K]; every row sums to one."""
         return scores.probabilities(self.logits(images_NHWC))
+
+
+def _batches(rows_N: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each batch starts, and its rows; a terminal shows how far it is."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(rows_N), batch_size), unit="batch", desc="predicting", disable=None, leave=False):
+        yield start, rows_N[start : start + batch_size]
 
 
 def _cores() -> int:

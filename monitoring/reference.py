@@ -47,26 +47,29 @@ def even_rows(count: int, most: int) -> np.ndarray:
     return np.asarray(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
+def chosen_rows(count: int) -> np.ndarray:
+    """Which of so many images the reference takes, by position in ascending order."""
+    return even_rows(count, MOST_ROWS)
+
+
 def make_reference(
     images_NHWC: np.ndarray,
     labels_N: np.ndarray,
-    rows_N: np.ndarray,
+    rows_M: np.ndarray,
     classes: tuple[str, ...],
     *,
-    outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    outputs: tuple[np.ndarray, np.ndarray],
     statistics: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
-    """The reference of the images at `rows_N` (at most MOST_ROWS of them), as a pyarrow Table.
+    """The reference of the images at `rows_M`, as a pyarrow Table.
 
-    outputs: uint8 images_NHWC -> (logits_NK, embeddings_NE). statistics: uint8 images_NHWC -> statistics_NS.
+    outputs: what the model made of these images, logits_MK and embeddings_ME. statistics: uint8 images_NHWC ->
+    statistics_NS, asked for batch by batch.
     """
-    rows_N = rows_N[even_rows(len(rows_N), MOST_ROWS)]
-    parts = []
-    for start in range(0, len(rows_N), BATCH):
-        batch_NHWC = images_NHWC[rows_N[start : start + BATCH]]
-        parts.append((statistics(batch_NHWC), *outputs(batch_NHWC)))
-    statistics_NS, logits_NK, embeddings_NE = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return reference_table(statistics_NS, embeddings_NE, logits_NK, labels_N[rows_N], classes)
+    starts = range(0, len(rows_M), BATCH)
+    statistics_MS = np.concatenate([statistics(images_NHWC[rows_M[start : start + BATCH]]) for start in starts])
+    logits_MK, embeddings_ME = outputs
+    return reference_table(statistics_MS, embeddings_ME, logits_MK, labels_N[rows_M], classes)
 
 
 def reference_table(
@@ -82,10 +85,10 @@ def reference_table(
     shifted_NK = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
     probabilities_NK = np.exp(shifted_NK) / np.exp(shifted_NK).sum(axis=1, keepdims=True)
     columns: dict[str, Any] = {name: statistics_NS[:, place] for place, name in enumerate(STATISTICS)}
-    columns["embedding"] = list(embeddings_NE)
+    columns["embedding"] = _lists(embeddings_NE)
     columns["class"] = [classes[place] for place in logits_NK.argmax(axis=1)]
     columns["confidence"] = probabilities_NK.max(axis=1).astype(np.float32)
-    columns["probabilities"] = list(probabilities_NK.astype(np.float32))
+    columns["probabilities"] = _lists(probabilities_NK.astype(np.float32))
     columns["label"] = [classes[place] for place in labels_N]
     metadata = {CLASSES_KEY: json.dumps(classes, ensure_ascii=False).encode()}
     return pyarrow.table(columns, schema=pyarrow.schema(_fields(), metadata=metadata))
@@ -93,10 +96,12 @@ def reference_table(
 
 def write_reference(table: Any, path: Path) -> Path:
     """Write the table to `path`, which gets its name when it is complete."""
+    import pyarrow
     import pyarrow.parquet
 
     temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(table, temporary, compression="zstd")
+    repeated = [name for name, kind in _fields() if kind == pyarrow.string()]
+    pyarrow.parquet.write_table(table, temporary, compression="zstd", use_dictionary=repeated)
     return temporary.replace(path)
 
 
@@ -126,3 +131,12 @@ def _fields() -> list[tuple[str, Any]]:
     import pyarrow
 
     return [*shared_fields(), ("label", pyarrow.string())]
+
+
+def _lists(values_NV: np.ndarray) -> Any:
+    """A column of lists over the same memory."""
+    import pyarrow
+
+    rows, length = values_NV.shape
+    offsets = np.arange(rows + 1, dtype=np.int32) * length
+    return pyarrow.ListArray.from_arrays(offsets, np.ascontiguousarray(values_NV).ravel())

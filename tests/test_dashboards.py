@@ -307,12 +307,9 @@ def sure_and_unsure(model: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def register(model: Path, folder: Path, images_NHWC: np.ndarray) -> str:
     """A run with the model and its reference, as training leaves them; the new champion's version."""
-    classifier = OnnxClassifier(model)
-    labels_N = classifier.logits(images_NHWC).argmax(axis=1)
-    rows_N = np.arange(len(images_NHWC))
-    table = make_reference(
-        images_NHWC, labels_N, rows_N, CLASSES, outputs=classifier.outputs, statistics=image_statistics
-    )
+    outputs = OnnxClassifier(model).outputs(images_NHWC)
+    labels_N, rows_N = outputs[0].argmax(axis=1), np.arange(len(images_NHWC))
+    table = make_reference(images_NHWC, labels_N, rows_N, CLASSES, outputs=outputs, statistics=image_statistics)
     with mlflow.start_run() as run:
         mlflow.log_artifact(str(write_reference(table, folder / REFERENCE_FILE)), REFERENCE_FOLDER)
         version = mlflow.register_model(log_onnx_model(run.info.run_id, model, images_NHWC[:1]), NAME).version

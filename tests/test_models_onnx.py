@@ -187,6 +187,15 @@ def test_embeddings_are_what_torchs_last_layer_takes(name, shape, form, tmp_path
         assert [part.shape for part in classifier.outputs(images_NHWC[:few])] == [(few, 4), (few, seen[0].shape[1])]
 
 
+def test_rows_of_a_memory_map_give_all_logits_and_the_embeddings_of_the_chosen(exported, tmp_path):
+    images_NHWC, rows_N, chosen_M = pixels((12, 12, 1), 40), np.arange(39, 4, -1), np.array([0, 6, 7, 20, 34])
+    classifier = OnnxClassifier(exported)
+    logits_NK, embeddings_NE = classifier.outputs(images_NHWC[rows_N])
+    found_NK, found_ME = classifier.outputs_of(images_NHWC, rows_N, chosen_M, batch_size=7)
+    np.testing.assert_array_equal(found_NK, logits_NK)
+    np.testing.assert_array_equal(found_ME, embeddings_NE[chosen_M])
+
+
 def test_only_who_asks_for_embeddings_pays_for_them(exported, tmp_path):
     script = (
         "import sys, numpy; from models.onnx_model import OnnxClassifier; "

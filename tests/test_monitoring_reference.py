@@ -15,7 +15,14 @@ from sklearn.neighbors import NearestNeighbors
 from monitoring import MonitoringError
 from monitoring.distance import Distances
 from monitoring.observations import STATISTICS
-from monitoring.reference import even_rows, make_reference, read_reference, reference_table, write_reference
+from monitoring.reference import (
+    chosen_rows,
+    even_rows,
+    make_reference,
+    read_reference,
+    reference_table,
+    write_reference,
+)
 
 CLASSES = ("Äpfel", "<b>", "漢字")
 
@@ -58,26 +65,31 @@ def test_the_file_has_the_logs_columns_and_no_more_than_the_images_in_it(tmp_pat
 
 
 def test_the_reference_is_made_of_the_rows_asked_for_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monitoring.reference.MOST_ROWS", 20)
     monkeypatch.setattr("monitoring.reference.BATCH", 6)
     images_NHWC = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     labels_N, asked = np.arange(100) % 3, []
 
-    def outputs(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        asked.append(len(images_NHWC))
-        pixel_N1 = images_NHWC.reshape(-1, 1).astype(np.float32)
-        return np.concatenate([pixel_N1, -pixel_N1, 0 * pixel_N1], axis=1), pixel_N1
-
     def statistics(images_NHWC: np.ndarray) -> np.ndarray:
+        asked.append(len(images_NHWC))
         return np.repeat(images_NHWC.reshape(-1, 1), 4, axis=1).astype(np.float32)
 
-    rows_N = np.arange(10, 50)
-    table = make_reference(images_NHWC, labels_N, rows_N, CLASSES, outputs=outputs, statistics=statistics)
-    taken = [int(embedding[0]) for embedding in table["embedding"].to_pylist()]
-    assert (len(taken), taken[0], taken[-1], asked) == (20, 10, 49, [6, 6, 6, 2])
-    assert set(np.diff(taken)) == {2, 3} or set(np.diff(taken)) == {2}, "evenly spread"
-    assert table["label"].to_pylist() == [CLASSES[row % 3] for row in taken]
-    assert table["brightness"].to_pylist() == taken
+    rows_M = np.arange(10, 50, 2)
+    pixel_M1 = rows_M[:, None].astype(np.float32)
+    outputs = np.concatenate([pixel_M1, -pixel_M1, 0 * pixel_M1], axis=1), pixel_M1
+    table = make_reference(images_NHWC, labels_N, rows_M, CLASSES, outputs=outputs, statistics=statistics)
+    assert asked == [6, 6, 6, 2]
+    assert table["brightness"].to_pylist() == rows_M.tolist()
+    assert table["embedding"].to_pylist() == [[row] for row in rows_M]
+    assert table["label"].to_pylist() == [CLASSES[row % 3] for row in rows_M]
+    assert set(table["class"].to_pylist()) == {CLASSES[0]}, "the largest of the three logits"
+
+
+def test_of_many_images_some_are_chosen_and_of_few_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monitoring.reference.MOST_ROWS", 20)
+    assert chosen_rows(15).tolist() == list(range(15))
+    chosen = chosen_rows(40)
+    assert (len(chosen), chosen[0], chosen[-1]) == (20, 0, 39)
+    assert set(np.diff(chosen)) <= {2, 3}, "evenly spread"
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 5), (5, 5), (7, 5), (1000, 3), (10_001, 10_000)])

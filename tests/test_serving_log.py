@@ -320,7 +320,7 @@ def test_images_far_from_the_reference_of_the_models_run_are_kept_by_every_versi
                     np.zeros(300, np.int64),
                     np.arange(200),
                     CLASSES,
-                    outputs=classifiers[-1].outputs,
+                    outputs=classifiers[-1].outputs(reference_NHWC[:200]),
                     statistics=image_statistics,
                 )
                 reference = write_reference(table, project / "reference.parquet")
