@@ -31,7 +31,7 @@ lint: .venv/installed-dev  ## check style, types and file hygiene
 lock: .venv/installed-dev  ## remake the locks and conda.yaml (ARGS=--upgrade: newest releases)
 	@$(IN_VENV) python .ci/lock.py $(ARGS)
 
-scan: .venv/installed-dev  ## look for known security holes in the locks and, with trivy, the images
+scan: .venv/installed-dev  ## look for known security holes in the locks and the images
 	@$(IN_VENV) python .ci/scan.py $(ARGS)
 
 # One worker and no job runners: a fifth of the memory, and plenty for one person.

@@ -50,6 +50,7 @@ def main(settings: Settings) -> None:
     """Settings, model, service until it is stopped."""
     from serving.server import serve
     from utils.artifacts import PATIENCE
+    from utils.tracking import introduce_run
 
     for name, value in PATIENCE.items():  # a server that is away is told of after seconds, and asked again later
         os.environ.setdefault(name, value)
@@ -59,6 +60,7 @@ def main(settings: Settings) -> None:
         version = source.latest()
         fetched = source.fetch(version, Path(folder))
         source.ready(version, fetched)  # a model that does not load is told here, in one line
+        introduce_run(settings, "serve", about=("serve", settings.model_uri), tags={"model_version": version})
         print(f"serving {source.name}, version {version}, on http://{settings.host}:{settings.port}", flush=True)
         serve(
             partial(application, settings, version, fetched),

@@ -1,8 +1,8 @@
-"""Look up the packages of every lock, and of the images where trivy is installed, among the known security holes.
+"""Look up the packages of every lock and of our images among the known security holes, and their systems with trivy.
 
 Run it as `make scan`; ARGS go on to pip-audit: `make scan ARGS="-s osv"` asks another service. Exit code 0: every
-package of the locks was looked up, and no hole is known. 1: holes, one a line. 2: something could not be looked up,
-which is not the same as clean.
+package was looked up, and no hole is known. 1: holes, one a line. 2: something could not be looked up, which is not the
+same as clean. Where Docker or trivy is missing that is said, and what needs it is left out.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = sorted([*ROOT.glob("requirements*.lock"), *ROOT.glob("*/requirements*.lock")])
 CLEAN, HOLES, UNKNOWN = 0, 1, 2
+OURS = ("image-classifier", "mlflow-tracking-server")
+"""What the images that are built here are called, behind the registry and before anything else."""
 
 
-def scan_lock(lock: Path, options: list[str]) -> int:
-    """Ask pip-audit about one lock; nothing is installed or resolved for it."""
-    name = lock.relative_to(ROOT)
-    command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "--requirement", str(lock)]
+def scan_packages(name: str, pins: Path, options: list[str]) -> int:
+    """Ask pip-audit about a file of pins, called `name`; nothing is installed or resolved for it."""
+    command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--requirement", str(pins)]
     command += ["--format", "json", "--progress-spinner", "off", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
@@ -41,12 +43,35 @@ def scan_lock(lock: Path, options: list[str]) -> int:
     return HOLES if holes else UNKNOWN if skipped else CLEAN
 
 
+def scan_image(image: str, options: list[str]) -> int:
+    """Ask pip-audit about the Python packages that are in an image."""
+    listing = ["docker", "run", "--rm", "--network=none", "--entrypoint=python", image]
+    done = subprocess.run([*listing, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True)
+    if done.returncode:
+        print(f"not scanned: {image}: {(done.stderr.splitlines() or ['docker said nothing'])[-1][:300]}")
+        return UNKNOWN
+    with TemporaryDirectory() as folder:
+        pins = Path(folder) / "pins.txt"
+        pins.write_text(done.stdout)
+        return scan_packages(image, pins, options)
+
+
+def our_images() -> list[str] | None:
+    """Those on this machine; None where Docker does not answer."""
+    try:
+        listing = ["docker", "image", "ls", "--format={{.Repository}}:{{.Tag}}"]
+        found = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [image for image in found if image.split("/")[-1].startswith(OURS) and not image.endswith(":<none>")]
+
+
 def images() -> list[str]:
     """The images of the Compose file, as it names them without other settings."""
     return re.findall(r"^ +image: \$\{\w+:-(\S+)\}$", (ROOT / "services/compose.yaml").read_text(), re.MULTILINE)
 
 
-def scan_image(image: str) -> int:
+def scan_system(image: str) -> int:
     """Let trivy look for holes that an update mends."""
     command = ["trivy", "image", "--quiet", "--ignore-unfixed", "--severity", "HIGH,CRITICAL", "--exit-code", "10"]
     code = subprocess.run([*command, image]).returncode
@@ -56,9 +81,15 @@ def scan_image(image: str) -> int:
 
 
 def main() -> None:
-    codes = [scan_lock(lock, sys.argv[1:]) for lock in LOCKS]
+    options = sys.argv[1:]
+    codes = [scan_packages(str(lock.relative_to(ROOT)), lock, options) for lock in LOCKS]
+    ours = our_images()
+    if ours is None:
+        print("not scanned: the packages in our images: Docker does not answer")
+    else:
+        codes += [scan_image(image, options) for image in ours]
     if shutil.which("trivy"):
-        codes += [scan_image(image) for image in images()]
+        codes += [scan_system(image) for image in images()]
     else:
         print(f"not scanned: the systems in the images {', '.join(images())}: there is no trivy here")
     sys.exit(HOLES if HOLES in codes else max(codes))

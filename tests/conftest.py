@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest_plugins = ["s3_server", "service", "services_stack", "tracking_server"]
+pytest_plugins = ["advisories", "s3_server", "service", "services_stack", "tracking_server"]
 
 
 def pytest_configure() -> None:

@@ -94,11 +94,15 @@ class PredictionService(Client):
 
     script = ROOT / "serve.py"
 
+    def command(self, *flags: str) -> list[str]:
+        """What is started; a flag is `--name=value`."""
+        return [sys.executable, str(self.script), *flags]
+
     def __init__(self, model_uri: str | Path, folder: Path, *flags: str, port: int = 0, **environment: str) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"serve-{self.port}.log"
-        command = [sys.executable, str(self.script), f"--model_uri={model_uri}", f"--port={self.port}", *flags]
+        command = self.command(f"--model_uri={model_uri}", f"--port={self.port}", *flags)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

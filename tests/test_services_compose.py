@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import requests
 import yaml
+from advisories import hole, scan
 from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -277,6 +278,16 @@ def test_no_secret_shows(stack: Stack) -> None:
     assert any("server.py" in one for one in processes)
     shown["processes"] = "\n".join(processes)
     assert [(where, name) for where, text in shown.items() for name in secrets if name in text] == []
+
+
+def test_a_hole_in_the_servers_image_is_told(stack: Stack, advisories: Callable[..., str]) -> None:
+    """By what is installed in it, also where no lock knows of it: pip comes with the base image."""
+    image, asked = "mlflow-tracking-server-test:latest", set()
+    url = advisories(lambda name: asked.add(name) or (hole(name) if name == "pip" else {}))
+    code, lines = scan(url, PATH=os.environ["PATH"])
+    assert (code, {"gunicorn", "mlflow", "psycopg2-binary"} - asked) == (1, set())
+    (line,) = [line for line in lines if line.startswith(f"{image}: ")]
+    assert re.fullmatch(rf"{image}: pip [\d.]+: GHSA-test, mended in 99.1", line)
 
 
 def test_tls(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from service import SHAPE, PredictionService, expected_logits, some_images, write_model
+from service import ROOT, SHAPE, PredictionService, expected_logits, some_images, write_model
 from test_serving_limits import until
 
 from serving.model import ServedModel, follow
@@ -180,3 +183,31 @@ def test_a_start_without_a_model_ends_with_one_line(
     assert told in stderr
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
+
+
+class RunByMlflow(PredictionService):
+    """The service, started by `mlflow run`."""
+
+    def command(self, *flags: str) -> list[str]:
+        words = [word for flag in flags for word in ("-P", flag.removeprefix("--"))]
+        return [sys.executable, "-m", "mlflow", "run", "--env-manager", "local", str(ROOT), "-e", "serve", *words]
+
+
+def test_the_run_of_a_service_says_what_it_is_while_it_serves(project: Path) -> None:
+    model = write_model(project / "digits reader.onnx")
+    service = RunByMlflow(model, project, "--max_batch=7")
+    try:
+        service.wait()
+        (run,) = MlflowClient().search_runs(["0"])
+        assert (run.info.run_name, run.info.status) == ("serve-digits reader.onnx-local", "RUNNING")
+        assert run.data.params["max_batch"] == "7"
+        assert run.data.params["max_queue"] == "1024"
+        assert run.data.tags["entry_point"] == "serve"
+        assert run.data.tags["model_version"] == "1"
+        assert len(run.data.tags["git_commit"]) == 40
+        assert "-e serve" in run.data.tags["mlflow.note.content"]
+        os.killpg(service.process.pid, signal.SIGINT)  # Ctrl-C, which reaches both
+        service.process.wait(60)
+        assert MlflowClient().get_run(run.info.run_id).info.status in ("FINISHED", "FAILED", "KILLED")
+    finally:
+        service.kill()

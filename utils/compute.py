@@ -69,7 +69,7 @@ class Compute:
         if self.place.world_size == 1:
             return network
         # Our batch normalisation keeps the same statistics everywhere: there is nothing to broadcast.
-        return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in at least one process; all of them get the same answer."""
@@ -148,7 +148,7 @@ def _pick_precision(name: str, device: torch.device) -> str:
     else:
         able = torch.cpu.get_capabilities()
         # With AMX hidden by a hypervisor, a step takes a third more in bf16: Intel's AVX-512 multiplies it no faster.
-        other = "Intel" not in able.get("cpu_name", "")
-        fast = able.get("amx_bf16", False) or (other and able.get("avx512_bf16", False))
+        not_intel = "Intel" not in able.get("cpu_name", "")
+        fast = able.get("amx_bf16", False) or (not_intel and able.get("avx512_bf16", False))
         native = device.type == "cpu" and fast
     return "bf16" if native else "fp32"

@@ -63,16 +63,13 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
     folder = OUTPUTS / active.info.run_id
     folder.mkdir(parents=True, exist_ok=True)
     outbox = Outbox(client, active.info.run_id, folder, set(active.data.params), patience_s)
-    found = active.data.tags
-    place = {"venue": venue(found), "image": image(found)}
-    tags = {"entry_point": entry_point, **git_tags(Path.cwd()), **{key: value for key, value in place.items() if value}}
-    origin = Origin(settings, entry_point, place["venue"], {**found, **tags}, active.data.params)
+    tags, origin = _whence(settings, entry_point, active.data)
     run = Run(active.info.run_id, folder, outbox, origin)
     status = "FAILED"
     try:
         run.params(as_params(settings))
         run.tags(tags)
-        run.rename(run_name(active.info.run_name, about or (entry_point,), place["venue"]))
+        run.rename(run_name(active.info.run_name, about or (entry_point,), origin.venue))
         run.describe("")
         yield run
         status = "FINISHED"
@@ -93,6 +90,37 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
             mlflow.end_run(status if lost is None else "FAILED")
     if lost is not None:
         raise RunFailed(lost)
+
+
+def introduce_run(settings: Any, entry_point: str, *, about: Sequence[str], tags: dict[str, str]) -> None:
+    """Say on the run that `mlflow run` made, if there is one, what it is; for a service, which logs nothing more on it.
+
+    Its settings, name, tags and description, as `start_run` gives them; the run goes on.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if not run_id:
+        return
+    import mlflow
+    from mlflow.entities import Param, RunTag
+
+    client = mlflow.MlflowClient()
+    try:
+        present = client.get_run(run_id)
+        found, origin = _whence(settings, entry_point, present.data)
+        texts = {**found, **tags, "mlflow.note.content": origin.markdown("")}
+        values = {key: value for key, value in as_params(settings).items() if key not in present.data.params}
+        params = [Param(key, as_text(value)) for key, value in values.items()]
+        client.log_batch(run_id, params=params, tags=[RunTag(key, as_text(value)) for key, value in texts.items()])
+        client.update_run(run_id, name=run_name(present.info.run_name, about, origin.venue))
+    except Exception as error:
+        raise _start_error(error, mlflow.get_tracking_uri()) from error
+
+
+def _whence(settings: Any, entry_point: str, present: Any) -> tuple[dict[str, str], Origin]:
+    """The tags that say where a run comes from, and the same for its description; `present` is what is on it."""
+    place = {"venue": venue(present.tags), "image": image(present.tags)}
+    tags = {"entry_point": entry_point, **git_tags(Path.cwd()), **{key: value for key, value in place.items() if value}}
+    return tags, Origin(settings, entry_point, place["venue"], {**present.tags, **tags}, present.params)
 
 
 class Run:
