@@ -46,7 +46,8 @@ class Present:
     facts: Facts
     model: OnnxClassifier
     data: Dataset
-    window: Window
+    known: Window
+    """Rows of the champion in the log with a kept image or feedback."""
     feedback: Feedback
     folder: Path
     """For what has to be downloaded."""
@@ -111,13 +112,13 @@ def look(settings: Settings, rules: Rules, champion: Candidate, turns: Turns, fo
     model = OnnxClassifier(fetch_model(champion.uri, folder / "champion").path)
     data = load_matching(model, data_to_load(settings, turns.trained_by), settings, "test")
     log = open_store(settings.log or str(folder))  # that folder holds no rows, like a log that is new
-    window, feedback = recent(log, settings.hours, model=champion.name, version=champion.version)
+    window, known, feedback = recent(log, settings.hours, model=champion.name, version=champion.version)
     reference = None
-    if len(window) >= rules.window_images:
+    if window.counted() >= rules.window_images:
         reference = find_run_file(turns.trained_by, REFERENCE, folder, "nothing is known of drift")
     facts = Facts(
         drift=compare(read_reference(reference), window).scores() if reference else None,
-        window_images=len(window),
+        window_images=window.counted(),
         new_labels=data.images_more_than(run_params(turns.trained_by)),
         feedback=len(feedback.labels),
         accuracy=feedback.accuracy,
@@ -125,7 +126,7 @@ def look(settings: Settings, rules: Rules, champion: Candidate, turns: Turns, fo
         rested_hours=turns.hours_since_last(),
         forced=settings.force,
     )
-    return Present(facts, model, data, window, feedback, folder)
+    return Present(facts, model, data, known, feedback, folder)
 
 
 def judge(
@@ -141,11 +142,11 @@ def judge(
     from monitoring.rules import better
     from utils.artifacts import fetch_model
 
-    data, window, rows = present.data, present.window, present.data.rows["test"]
+    data, known, rows = present.data, present.known, present.data.rows["test"]
     models = OnnxClassifier(fetch_model(new.uri, present.folder / "new").path), present.model
     duels = {"test": duel(*models, data.images_NHWC, rows, data.labels_N[rows])}
     if settings.log:
-        kept, told = (open_store(settings.log), window.images, window.kept), present.feedback.label_of_row()
+        kept, told = (open_store(settings.log), known.images, known.kept), present.feedback.label_of_row()
         labelled = labelled_images(*kept, told, data, enough=rules.labelled_images)
         run.metrics({"window/labelled_images": len(labelled), "window/learnt_images": labelled.learnt})
         if len(labelled):

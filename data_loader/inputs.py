@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_loader import DataError, png
+from data_loader import DataError, Unreachable, png
 from data_loader.batches import read_ahead
 from data_loader.images import decode_image, resize
-from data_loader.listing import HIDDEN, IMAGE_SUFFIXES
+from data_loader.listing import HIDDEN, IMAGE_SUFFIXES, is_folder
 
 READ_AHEAD_BATCHES = 2
 """Batches being read and decoded while one is predicted: more would only use memory."""
@@ -109,6 +109,8 @@ def _decode(files: list[tuple[str, Reader]], image_shape: Shape) -> Batch:
             else:
                 images_NHWC[row] = decode_image(data, *image_shape)
             names.append(name)
+        except Unreachable:
+            raise
         except DataError as error:
             bad.append((name, str(error)))
         except OSError as error:
@@ -156,7 +158,7 @@ def _folder_files(folder: Path, above: str, ancestors: frozenset[tuple[int, int]
     for entry in entries:
         if _is_hidden(entry.name):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _folder_files(Path(entry.path), f"{above}{entry.name}/", ancestors | {identity})
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             yield printable(above + entry.name), partial(read_file, entry.path)
@@ -184,7 +186,7 @@ def _is_image(path: str) -> bool:
 
 
 def _s3_files(address: str) -> Iterator[tuple[str, Reader]]:
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     from data_loader import s3
 
@@ -197,6 +199,8 @@ def _s3_files(address: str) -> Iterator[tuple[str, Reader]]:
                 return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
             except ClientError as error:
                 raise DataError(f"cannot be read: {error.response['Error'].get('Code', error)}") from None
+            except BotoCoreError as error:  # a connection that fails is no fault of the image
+                raise Unreachable(f"cannot read s3://{bucket}/{key}: {error}; try again later") from None
 
         return read
 
@@ -234,7 +238,7 @@ def _npz_of(address: str) -> Iterator[Path | None]:
 
 def _npz_batches(path: Path, address: str, image_shape: Shape, batch_size: int) -> Iterator[Batch]:
     """The rows of the array `images`, or of the only array of images, unpacked batch by batch."""
-    from data_loader.npz import read_npy_header
+    from data_loader.npz import BROKEN, read_npy_header
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -260,7 +264,7 @@ def _npz_batches(path: Path, address: str, image_shape: Shape, batch_size: int) 
                         _fitted(images_NHWC, image_shape),
                         [],
                     )
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+    except BROKEN as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"input {address!r} cannot be read as an .npz file: {error}") from None

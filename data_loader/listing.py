@@ -35,7 +35,7 @@ def list_folder(root: Path) -> list[Found]:
         entries = _visible(root)
     except OSError as error:
         raise DataError(f"{root} cannot be listed: {error.strerror or error}") from None
-    folders = [entry for entry in entries if _is_folder(entry)]
+    folders = [entry for entry in entries if is_folder(entry)]
     ancestors = frozenset([_identity(root.stat())])
     names = {entry.name.lower() for entry in folders}
     if "train" in names and names <= SPLIT_FOLDERS.keys():
@@ -61,7 +61,7 @@ def _split(folder: os.DirEntry[str], ancestors: frozenset[tuple[int, int]]) -> I
     entries = _visible(folder)
     yield from _strays(entries, above)
     for entry in entries:
-        if _is_folder(entry):
+        if is_folder(entry):
             yield from _class(entry, above, split, ancestors | {identity})
 
 
@@ -106,7 +106,7 @@ def _strays(entries: list[os.DirEntry[str]], above: str) -> Iterator[Found]:
     data.
     """
     for entry in entries:
-        if _is_folder(entry):
+        if is_folder(entry):
             continue
         try:
             size = entry.stat().st_size
@@ -123,7 +123,8 @@ def _visible(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one; a link that leads to itself is none."""
     try:
         return entry.is_dir()
     except OSError:

@@ -4,7 +4,9 @@ y_test`.
 Pixels are streamed out of the archive chunk by chunk, so the arrays may be larger than memory.
 """
 
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from data_loader.arrays import Part, read_parts, rows_per_chunk
 from data_loader.manifest import Contents, stamp_files
 
 LAYOUT = "images [N,H,W] or [N,H,W,C] of uint8 with labels [N] (and classes), or x_train, y_train, x_test, y_test"
+
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, tokenize.TokenError)
+"""What reading a damaged archive may raise; the last one comes from NumPy's parser of an array's header."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class NpzSource:
             with zipfile.ZipFile(self.path) as archive:
                 parts, classes = self._parts(archive)
                 return read_parts(parts, classes, [self.path], images_path, image_size)
-        except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError) as error:
+        except (*BROKEN, OSError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self.source} cannot be read as an .npz file ({error}); expected: {LAYOUT}") from None

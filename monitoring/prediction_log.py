@@ -7,7 +7,7 @@ in a folder or on S3: who reads hands in a `Store`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -84,9 +84,12 @@ def read_window(
     model: str = "",
     version: str = "",
     with_image: bool = False,
+    or_ids: Collection[str] = (),
     most: int = 0,
 ) -> Window:
-    """The rows with since <= time < until of one model and version, "" being any; or those whose image was kept.
+    """The rows with since <= time < until of one model and version, "" being any.
+
+    With `with_image` those alone whose image was kept, or whose id is one of `or_ids`.
 
     Where there are more than `most` rows an even choice of them is taken, at most that many; 0: all.
 
@@ -99,13 +102,16 @@ def read_window(
     tables: list[Any] = []
     classes_of: dict[tuple[str, ...], str] = {}
     total, step = 0, 1
+    names_asked = pyarrow.array(or_ids, pyarrow.string())
     for name, table in _tables(store, PREDICTIONS, since, until, _prediction_fields()):
         wanted = _in_time(table, since, until)
         for column, value in (("model", model), ("version", version)):
             if value:
                 wanted = pyarrow.compute.and_(wanted, pyarrow.compute.equal(table[column], value))
         if with_image:
-            wanted = pyarrow.compute.and_(wanted, pyarrow.compute.not_equal(table["image"], ""))
+            kept = pyarrow.compute.not_equal(table["image"], "")
+            named = pyarrow.compute.is_in(table["id"], value_set=names_asked)
+            wanted = pyarrow.compute.and_(wanted, pyarrow.compute.or_(kept, named))
         rows = table.filter(wanted)
         if len(rows):
             classes_of[class_names(table.schema, f"log file {name}")] = name
@@ -147,6 +153,12 @@ def contents(store: Store, since: datetime, until: datetime) -> dict[tuple[str, 
         rows = table.filter(_in_time(table, since, until))
         counts.update(zip(rows["model"].to_pylist(), rows["version"].to_pylist(), strict=True))
     return dict(sorted(counts.items()))
+
+
+def told_ids(store: Store, since: datetime) -> list[str]:
+    """The ids of all feedback that came from `since` on, some more than once."""
+    tables = _tables(store, FEEDBACK, since, datetime.max.replace(tzinfo=UTC), _feedback_fields())
+    return [name for _, table in tables for name in table["id"].to_pylist()]
 
 
 def read_feedback(store: Store, window: Window) -> Feedback:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from monitoring import MonitoringError
-from monitoring.prediction_log import Feedback, Store, Window, contents, read_feedback, read_window
+from monitoring.prediction_log import Feedback, Store, Window, contents, read_feedback, read_window, told_ids
 
 MOST_ROWS = 100_000
 """Of a longer window so many rows at most are held in memory: with embeddings of 256 numbers, 600 MB."""
@@ -60,11 +61,15 @@ def choose(store: Store, place: str, span: Span, *, model: str, version: str, le
     )
 
 
-def recent(store: Store, hours: float, *, model: str, version: str) -> tuple[Window, Feedback]:
-    """The rows of a version of the last `hours`, and the feedback that came for them."""
+def recent(store: Store, hours: float, *, model: str, version: str) -> tuple[Window, Window, Feedback]:
+    """The rows of a version of the last `hours`; those alone with a kept image or feedback; and that feedback.
+
+    Of either kind of rows an even choice, where there are more than MOST_ROWS.
+    """
     when = span(hours)
-    window = read_window(store, when.since, when.until, model=model, version=version)
-    return window, read_feedback(store, window)
+    read = partial(read_window, store, when.since, when.until, model=model, version=version, most=MOST_ROWS)
+    known = read(with_image=True, or_ids=told_ids(store, when.since))
+    return read(), known, read_feedback(store, known)
 
 
 def with_images(store: Store, place: str, hours: float, *, model: str = "", version: str = "") -> Window:

@@ -90,7 +90,9 @@ def _split(body: bytes, json_length: str) -> tuple[memoryview, memoryview]:
     view = memoryview(body)
     if not json_length:
         return view, view[:0]
-    if not (json_length.isascii() and json_length.isdecimal() and int(json_length[:20]) <= len(body)):
+    # Python refuses to read numbers of thousands of digits.
+    number = json_length.isascii() and json_length.isdecimal() and len(json_length) <= 20
+    if not (number and int(json_length) <= len(body)):
         raise RequestError(f"Inference-Header-Content-Length: expected at most {len(body)}, the length of the body")
     length = int(json_length)
     return view[:length], view[length:]

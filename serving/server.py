@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from serving.metrics import SHARED_FOLDER
@@ -46,4 +48,8 @@ def serve(application: Callable[[], Any], *, host: str, port: int, workers: int,
         return
     with TemporaryDirectory() as folder:
         os.environ[SHARED_FOLDER] = folder  # before a worker imports prometheus_client
-        Multiprocess(config, sockets).run()
+        supervisor = Multiprocess(config, sockets)
+        supervisor.run()
+        # Then uvicorn stops the others too, and would have it look like a regular end.
+        if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+            sys.exit(STARTUP_FAILURE)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -56,7 +57,8 @@ class Spool:
         self._bring_thread = threading.Thread(target=self._bring, name="log-store", daemon=True)
         for path in sorted(folder.iterdir()):  # of a service that ended before the store came back
             if path.suffix != TEMPORARY and not path.name.startswith("."):
-                self._note(path.name.replace(SLASH, "/"), path.stat().st_size)
+                with suppress(FileNotFoundError):  # another worker has brought it to its place by now
+                    self._note(path.name.replace(SLASH, "/"), path.stat().st_size)
         self._bring_thread.start()
 
     def write(self, name: str, write: Callable[[Path], None]) -> int:

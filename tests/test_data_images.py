@@ -16,6 +16,7 @@ from PIL import Image
 from data_loader import DataError
 from data_loader.dataset import load
 from data_loader.images import decode_image, encode_png
+from data_loader.inputs import read_batches
 from data_loader.splits import split_of
 
 
@@ -309,3 +310,22 @@ def test_archives_that_are_none_are_refused(tmp_path: Path) -> None:
     for path in (cut, flipped, text):
         with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
             load(str(path), data_dir=tmp_path / "data")
+
+
+def test_a_damaged_archive_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
+    """One bit of the whole is wrong; where it matters to nobody, as in a date, the archive is read."""
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, images=pixels(60, 4, 4), labels=np.arange(60) % 2)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), len(whole) // 150):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        for read in (
+            lambda: load(str(path), data_dir=tmp_path / f"data {place}"),  # noqa: B023 - called at once
+            lambda: list(read_batches(str(path), (4, 4, 1), 8)),
+        ):
+            try:
+                read()
+            except DataError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 150

@@ -16,6 +16,7 @@ from data_loader import DataError
 from data_loader.store import open_store
 from monitoring import MonitoringError
 from monitoring.prediction_log import Window, read_feedback, read_window
+from monitoring.window import recent
 
 HOUR = timedelta(hours=1)
 
@@ -76,6 +77,24 @@ def test_rows_with_an_image_can_be_had_alone(tmp_path: Path) -> None:
     found = read_window(open_store(str(tmp_path)), NOON, NOON + HOUR, with_image=True)
     assert found.ids == (rows[1]["id"], rows[4]["id"])
     assert found.images == (rows[1]["image"], rows[4]["image"])
+
+
+def test_of_a_long_window_all_that_is_known_of_some_rows_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a retraining looks at: an even choice of the rows, and those with an image or a label."""
+    monkeypatch.setattr("monitoring.window.MOST_ROWS", 100)
+    now = datetime.now(UTC)
+    rows = some_rows(1000, start=now - HOUR)
+    for number in range(0, 1000, 50):
+        rows[number] |= {"image": f"images/{number}.png", "kept": "uncertain"}
+    write_log(tmp_path, rows)
+    told = range(0, 1000, 125)
+    write_feedback(tmp_path, [{"id": rows[row]["id"], "time": now, "label": "a", "value": None} for row in told])
+    window, known, feedback = recent(open_store(str(tmp_path)), 2.0, model="digits", version="1")
+    assert (window.counted(), 50 <= len(window) <= 100) == (1000, True)
+    assert known.ids == tuple(rows[row]["id"] for row in range(1000) if row % 50 == 0 or row in told)
+    assert [known.ids[row] for row in feedback.rows_F] == [rows[row]["id"] for row in told]
 
 
 def test_a_log_without_rows_in_the_window_gives_none(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import io
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -19,7 +21,7 @@ from PIL import Image
 from s3_server import S3Server
 
 import predict
-from data_loader import DataError
+from data_loader import DataError, Unreachable
 from data_loader.inputs import Batch, read_batches
 from data_loader.outputs import open_table
 from models import ModelError
@@ -89,6 +91,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "README.txt").write_text("not an image by name")
     (root / ".hidden.png").write_bytes(b"")
     (root / "loop").symlink_to(root)
+    (root / "itself").symlink_to("itself")
     (root / "nothing.png").symlink_to(root / "gone")
     return root
 
@@ -364,6 +367,39 @@ def test_buckets_on_both_sides(model: Path, folder: Path, s3: S3Server, tmp_path
             run(model, source, output)
         assert said in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_a_store_that_goes_away_ends_it_and_its_images_are_not_called_bad(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(BaseHTTPRequestHandler):
+        """Lists one image, and hangs up on who wants it."""
+
+        def do_GET(self) -> None:
+            if "list-type=2" in self.path:
+                listing = b"<ListBucketResult><Contents><Key>in/a.png</Key><Size>9</Size></Contents></ListBucketResult>"
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(listing)))
+                self.end_headers()
+                self.wfile.write(listing)
+            else:
+                self.close_connection = True
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gone)
+    threading.Thread(target=server.serve_forever).start()
+    environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1"}
+    for name, value in {**environment, "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(Unreachable, match=r"cannot read s3://bucket/in/a.png: .*; try again later"):
+            run(model, "s3://bucket/in", tmp_path / "table.csv")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not (tmp_path / "table.csv").exists()
 
 
 def test_rows_follow_the_columns() -> None:

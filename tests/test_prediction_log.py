@@ -363,6 +363,17 @@ def test_what_a_stop_leaves_on_the_disk_the_next_start_brings(tmp_path: Path, ca
     assert len(list((tmp_path / "images").rglob("*.png"))) == 10
 
 
+def test_a_start_takes_no_harm_from_a_file_that_another_worker_brings(tmp_path: Path) -> None:
+    """It was listed and is gone: here a link that leads nowhere."""
+    folder = FolderStore(tmp_path).spool
+    folder.mkdir(parents=True)
+    (folder / "predictions+day=2026-03-04+gone.parquet").symlink_to("gone")
+    (folder / "predictions+day=2026-03-04+there.parquet").write_bytes(b"x")
+    brought: list[str] = []
+    spool.Spool(folder, lambda path, name: brought.append(name), lambda files: None, lambda: None).close()
+    assert brought == ["predictions/day=2026-03-04/there.parquet"]
+
+
 def test_a_stop_while_the_store_is_away_brings_tables_before_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

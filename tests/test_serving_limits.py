@@ -229,6 +229,7 @@ parts = st.lists(st.sampled_from([*HEADER_PIECES, b"--x", b"--x--", b"\r\n", b"\
     ),
 )
 @example("POST", INFER, b"{}", {"inference-header-content-length": "9" * 5000})
+@example("POST", INFER, b"{}", {"inference-header-content-length": "0" * 20 + "9" * 5000})
 @example("POST", INFER, b"{}", {"inference-header-content-length": "²"})
 @example("POST", INFER, b"[" * 2000, {})
 @example("POST", "/predict", b"--x", {"content-type": "multipart/form-data; boundary=x; charset=base64"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from service import ROOT, SHAPE, PredictionService, expected_logits, some_images, write_model
+from service import ROOT, SHAPE, PredictionService, expected_logits, free_port, some_images, write_model
 from test_serving_limits import until
 
 from serving.model import ServedModel, follow
@@ -183,6 +184,22 @@ def test_a_start_without_a_model_ends_with_one_line(
     assert told in stderr
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_cannot_start_is_no_regular_end(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "from serving.server import serve\n"
+        "async def app(scope, receive, send):\n"
+        "    raise OSError('no room')\n"
+        "def application():\n"
+        "    return app\n"
+        "if __name__ == '__main__':\n"
+        f"    serve(application, host='127.0.0.1', port={free_port()}, workers={workers}, drain_s=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "broken.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 3, done.stderr.decode()
 
 
 class RunByMlflow(PredictionService):

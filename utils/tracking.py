@@ -86,6 +86,8 @@ def start_run(settings: Any, entry_point: str, *, about: Sequence[str] = (), ena
             print(f"error: {without_passwords(lost)}", file=sys.stderr, flush=True)
         if lost is None:
             shutil.rmtree(folder, ignore_errors=True)
+        # MLflow prints the run's address whenever a run is ended, and has done so for the outbox.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         with suppress(Exception):  # the status has been sent, or cannot be; this only clears MLflow's own state
             mlflow.end_run(status if lost is None else "FAILED")
     if lost is not None:
