@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
 
 import settings
 from settings import Refused
@@ -96,15 +97,25 @@ class Bucket:
         )
 
     def make(self) -> None:
-        """Make the bucket, unless it is there."""
+        """Make the bucket, unless it is there, or the keys may not know: the server's least rights cover its prefix."""
         from botocore.exceptions import ClientError
 
         try:
             self.client.head_bucket(Bucket=self.bucket)
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 403:
+                return
+            if status != 404:
                 raise
-            self.client.create_bucket(Bucket=self.bucket)
+            self.client.create_bucket(Bucket=self.bucket, **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        """AWS wants to be told the region once more, but for its first one; other stores may refuse to be told."""
+        host, region = urlsplit(self.client.meta.endpoint_url).hostname, self.client.meta.region_name
+        if region == "us-east-1" or not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+            return {}
+        return {"CreateBucketConfiguration": {"LocationConstraint": region}}
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
@@ -201,7 +212,10 @@ def main() -> None:
         else:
             raise Refused("what to do? save, load or count")
     except (BotoCoreError, ClientError, OSError, tarfile.TarError) as error:
-        raise Refused(f"artifacts: {' '.join(str(error).split())}", 1) from None
+        hint = ""
+        if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:
+            hint = f"; {' and '.join(settings.ADMIN_KEYS)} in services/.env have to be this store's, or empty"
+        raise Refused(f"artifacts: {' '.join(str(error).split())}{hint}", 1) from None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import local
 import settings
 from settings import Refused
 
@@ -34,6 +35,7 @@ import venues
 from venues import DATABASES, Command, Venue
 
 BACKUPS = settings.FOLDER / "backups"
+LOCK = settings.FOLDER / ".backup.lock"
 MANIFEST, ARTIFACTS = "manifest.json", "artifacts.tar"
 CHUNK = 2**20
 BAR = 30  # characters
@@ -243,14 +245,15 @@ def main() -> None:
         raise Refused("what to do? backup, restore FOLDER or upgrade")
     if words[-1] == "":
         raise Refused(f"which backup? make restore BACKUP=FOLDER, with a folder of {BACKUPS}")
-    venue = venues.of_this_machine()
-    with venue.storage(serve=words != ["backup"]):
-        if words == ["backup"]:
-            backup(venue)
-        elif words == ["upgrade"]:
-            upgrade(venue)
-        else:
-            restore(venue, Path(words[1]).resolve())
+    with local.alone(LOCK, "backup, restore or upgrade is at work here"):
+        venue = venues.of_this_machine()
+        with venue.storage(serve=words != ["backup"]):
+            if words == ["backup"]:
+                backup(venue)
+            elif words == ["upgrade"]:
+                upgrade(venue)
+            else:
+                restore(venue, Path(words[1]).resolve())
 
 
 if __name__ == "__main__":

@@ -48,12 +48,18 @@ def one_at_a_time() -> Iterator[None]:
     DATA.mkdir(mode=0o711, exist_ok=True)  # `postgres` has to pass, not to look
     DATA.chmod(0o711)
     LOGS.mkdir(mode=0o700, exist_ok=True)
-    with (DATA / "lock").open("w") as lock:
+    with alone(DATA / "lock", f"command is at work on {DATA}"):
+        yield
+
+
+@contextmanager
+def alone(lock: Path, other: str) -> Iterator[None]:
+    """Refuse while another command holds the lock, with words for it; a lock ends with its process."""
+    with lock.open("w") as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(f"another command is at work on {DATA}; wait until it has ended") from None
-        os.set_inheritable(lock.fileno(), False)
+            raise Refused(f"another {other}; wait until it has ended") from None
         yield
 
 
@@ -61,7 +67,7 @@ def start(values: Mapping[str, str]) -> None:
     """Start everything that is not running; if one part fails, end those that were started here."""
     check(values)
     if all(part.pid() for part in parts(values)):
-        print(f"The tracking server runs already: {address(values)}")
+        print(f"The tracking server runs already: {settings.address(values)}")
         return
     with ExitStack() as undo:
         start_database(values, undo)
@@ -215,7 +221,8 @@ def make_bucket(values: Mapping[str, str], endpoint: str) -> None:
     except (BotoCoreError, ClientError) as error:
         raise Refused(
             f"{endpoint} does not give the bucket '{values['S3_BUCKET']}' ({' '.join(str(error).split())}); correct "
-            f"S3_ENDPOINT_URL, S3_BUCKET or the S3 keys in {settings.FILE}"
+            f"S3_ENDPOINT_URL, S3_BUCKET or S3_ADMIN_ACCESS_KEY with its secret (empty: the server's keys count) in "
+            f"{settings.FILE}"
         ) from None
 
 
@@ -243,7 +250,7 @@ def start_server(values: Mapping[str, str], store: Mapping[str, str], undo: Exit
     tell("MLflow")
     undo.callback(SERVER.stop)
     SERVER.start([sys.executable, str(settings.FOLDER / "server.py")], server_environment(values, store))
-    wait_for(lambda: _answers(f"{address(values)}/health"), SERVER)
+    wait_for(lambda: _answers(f"{settings.address(values)}/health"), SERVER)
 
 
 def server_environment(values: Mapping[str, str], store: Mapping[str, str]) -> dict[str, str]:
@@ -286,16 +293,9 @@ def _answers(url: str) -> bool:
     return True
 
 
-def address(values: Mapping[str, str]) -> str:
-    """Where clients on this machine find the server."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = everywhere.get(values["BIND"], values["BIND"])
-    return f"http://{f'[{host}]' if ':' in host else host}:{values['MLFLOW_PORT']}"
-
-
 def welcome(values: Mapping[str, str]) -> str:
     """What to do with a server that is up."""
-    return "\n".join([*settings.welcome(values, address(values)), "End it: make services-stop"])
+    return "\n".join([*settings.welcome(values, settings.address(values)), "End it: make services-stop"])
 
 
 def postgresql_program(name: str) -> str:

@@ -172,7 +172,10 @@ def check_schema(uri: URL, migrations: str, version_table: str) -> None:
         raise Refused(
             f"the database '{uri.database}' was written by a newer MLflow than {mlflow.__version__}; install that one"
         )
-    raise Refused(f"the database '{uri.database}' has the schema of an older MLflow; run: make upgrade")
+    raise Refused(
+        f"the database '{uri.database}' has the schema of an older MLflow; run: make upgrade "
+        "(on Kubernetes: docs/operations.md)"
+    )
 
 
 def check_bucket() -> None:
@@ -216,16 +219,21 @@ def allowed_names() -> dict[str, str]:
     here = [*get_localhost_addresses(), *names]
     hosts = [
         *here,
-        *(f"{name}:*" for name in here if ":" not in name or name.endswith("]")),
+        *(at_any_port(name) for name in here if ":" not in name or name.endswith("]")),
         *get_private_ip_patterns(),
     ]
     # The server's own pages, behind a proxy or not, come from these names too.
-    own = [f"{scheme}://{name}{port}" for name in names for scheme in ("http", "https") for port in ("", ":*")]
+    own = [f"{scheme}://{host}" for name in names for scheme in ("http", "https") for host in (name, at_any_port(name))]
     origins = [*own, *filter(None, os.environ.get("CORS_ALLOWED_ORIGINS", "").split(","))]
     return {
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
     }
+
+
+def at_any_port(name: str) -> str:
+    """MLflow's pattern for a name with a port: of fnmatch, to which the bracket of an IPv6 address begins a set."""
+    return f"{name.replace('[', '[[]')}:*"
 
 
 def artifacts() -> dict[str, str]:

@@ -130,6 +130,13 @@ def admin_keys(settings: Mapping[str, str]) -> tuple[str, str]:
     return (access, secret) if access else (settings["S3_ACCESS_KEY"], settings["S3_SECRET_KEY"])
 
 
+def address(settings: Mapping[str, str]) -> str:
+    """Where this machine finds the server itself, without the proxy."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = everywhere.get(settings["BIND"], settings["BIND"])
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings['MLFLOW_PORT']}"
+
+
 def welcome(settings: Mapping[str, str], address: str) -> list[str]:
     """What to do with a server that is up at `address`: lines for the user's shell, the first one to be read."""
     lines = [f"The tracking server is up: {address}", f"  export MLFLOW_TRACKING_URI={address}"]

@@ -47,8 +47,9 @@ class Server:
         values = {name: os.environ.get(name, "") for name in VARIABLES}
         if not any(values.values()) and settings.FILE.exists():
             here = settings.load()
-            host = "127.0.0.1" if here["BIND"] in ("0.0.0.0", "::") else here["BIND"]
-            return cls(f"http://{host}:{here['MLFLOW_PORT']}", here["ADMIN_USERNAME"], here["ADMIN_PASSWORD"])
+            if here["TLS"] != "off":  # next to the proxy, the server itself talks to this machine alone
+                here["BIND"] = "127.0.0.1"
+            return cls(settings.address(here), here["ADMIN_USERNAME"], here["ADMIN_PASSWORD"])
         if absent := [name for name, value in values.items() if not value]:
             raise Refused(
                 f"{', '.join(absent)} not set; needed: the server's address, an administrator's name and password"

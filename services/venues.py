@@ -75,7 +75,7 @@ class Processes:
             yield
             if serve:
                 local.start_server(self.values, self.store, undo)
-                print(f"The tracking server is up: {local.address(self.values)}")
+                print(f"The tracking server is up: {settings.address(self.values)}")
                 undo.pop_all()
 
     def stop_server(self) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import requests
 from botocore.exceptions import ClientError
+from botocore.stub import Stubber
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "services"))
 POLICIES = ROOT / "services" / "s3-policies"
 PREFIX = "team/mlflow"
 RUN = f"{PREFIX}/1/run/artifacts"
@@ -197,3 +199,48 @@ def test_a_backup_and_a_restore(bucket: str, s3_server: S3Server) -> None:
         assert refused(s3.get_object, Bucket=bucket, Key=key)
         assert refused(s3.put_object, Bucket=bucket, Key=key, Body=b"changed")
         assert refused(s3.delete_object, Bucket=bucket, Key=key)
+
+
+def test_a_bucket_is_made_where_there_is_none_and_the_keys_may(bucket: str, s3_server: S3Server) -> None:
+    """The server's least keys may not ask for the bucket itself; who asks with wrong ones is told which to correct."""
+    import local
+    from artifacts import Bucket
+    from settings import Refused
+
+    def values(user: S3Server, name: str) -> dict[str, str]:
+        where = {"S3_ENDPOINT_URL": user.endpoint, "S3_REGION": "us-east-1", "S3_BUCKET": name, "S3_PREFIX": PREFIX}
+        return {**where, "S3_ACCESS_KEY": user.access_key, "S3_SECRET_KEY": user.secret_key}
+
+    user = s3_server.new_user(policy("server", bucket))
+    Bucket(values(user, bucket)).make()
+    with pytest.raises(Refused, match=r"correct S3_ENDPOINT_URL, S3_BUCKET or S3_ADMIN_ACCESS_KEY"):
+        local.make_bucket(values(user, f"{bucket}-absent"), user.endpoint)
+    Bucket(values(s3_server, f"{bucket}-new")).make()
+    s3_server.client().head_bucket(Bucket=f"{bucket}-new")
+
+    script = [sys.executable, str(ROOT / "services/artifacts.py"), "count"]
+    environment = {**os.environ, **values(user, bucket), "S3_SECRET_KEY": "of-another-store"}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "S3_ADMIN_ACCESS_KEY and S3_ADMIN_SECRET_KEY in services/.env have to be this store's" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "region", "told"),
+    [
+        ("https://s3.eu-central-1.amazonaws.com", "eu-central-1", {"LocationConstraint": "eu-central-1"}),
+        ("https://s3.amazonaws.com", "us-east-1", None),
+        ("http://minio:9000", "eu-central-1", None),
+    ],
+)
+def test_only_aws_is_told_where_a_bucket_is_to_be(endpoint: str, region: str, told: dict[str, str] | None) -> None:
+    from artifacts import Bucket
+
+    keys = {"S3_ACCESS_KEY": "a-key", "S3_SECRET_KEY": "a-secret"}
+    store = Bucket({"S3_ENDPOINT_URL": endpoint, "S3_REGION": region, "S3_BUCKET": "new", "S3_PREFIX": PREFIX, **keys})
+    with Stubber(store.client) as network:
+        network.add_client_error("head_bucket", "404", http_status_code=404)
+        more = {"CreateBucketConfiguration": told} if told else {}
+        network.add_response("create_bucket", {}, {"Bucket": "new", **more})
+        store.make()
+        network.assert_no_pending_responses()

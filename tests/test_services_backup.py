@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -127,6 +128,16 @@ def test_a_damaged_backup_is_refused_before_anything_is_touched(seeded: Place, t
     assert seeded.client().search_experiments()
 
 
+def test_one_backup_restore_or_upgrade_at_a_time(place: Place) -> None:
+    with (place.services / ".backup.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for words in (["backup"], ["restore", "a-folder"], ["upgrade"]):
+            done = place.run("backup.py", *words)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            assert "another backup, restore or upgrade is at work here; wait until it has ended" in done.stderr
+    assert "is at work" not in place.run("backup.py", "restore", "a-folder").stderr
+
+
 MAKE_OLDER = """
 import os, sqlalchemy
 from alembic import command
@@ -178,7 +189,7 @@ def test_an_older_schema_is_refused_and_upgraded(seeded: Place, tmp_path: Path) 
 
     done = seeded.run("local.py", "start")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "older MLflow; run: make upgrade" in done.stderr
+    assert "older MLflow; run: make upgrade (on Kubernetes: docs/operations.md)" in done.stderr
     assert not seeded.processes()
 
     done = seeded.run("backup.py", "upgrade")

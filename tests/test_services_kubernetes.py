@@ -4,17 +4,19 @@ standard admits, settings that the server takes, and a launcher that may do what
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from service_images import find
+from services_stack import PASSWORD, Database, program
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ROOT / "services"
@@ -36,8 +38,7 @@ def rendered() -> list[Object]:
 @pytest.fixture(scope="session")
 def secret(tmp_path_factory: pytest.TempPathFactory) -> Object:
     """The Secret that the command in docs/operations.md makes from services/.env."""
-    section = (ROOT / "docs" / "operations.md").read_text().split("## Bring it up on Kubernetes")[1].split("\n## ")[0]
-    (command,) = re.findall(r"^kubectl create secret .*$", section, re.MULTILINE)
+    (command,) = re.findall(r"^kubectl create secret .*$", manual(), re.MULTILINE)
     folder = tmp_path_factory.mktemp("secret")
     (folder / "services").mkdir()
     import settings
@@ -48,6 +49,11 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> Object:
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(yaml.safe_load(done.stdout))
+
+
+def manual() -> str:
+    """The section on Kubernetes of docs/operations.md."""
+    return (ROOT / "docs" / "operations.md").read_text().split("## Bring it up on Kubernetes")[1].split("\n## ")[0]
 
 
 def of_kind(objects: list[Object], *kinds: str) -> list[Object]:
@@ -203,6 +209,57 @@ def test_the_server_accepts_its_settings(
     assert str(port["port"]) == given["MLFLOW_PORT"]
     namespace = named(rendered, "Deployment", "mlflow")["metadata"]["namespace"]
     assert f"mlflow.{namespace}:*" in server.allowed_names()["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+
+
+def test_an_upgrade_runs_as_the_server_does_and_never_by_itself(rendered: list[Object]) -> None:
+    from pod_security import restricted
+
+    assert "--from=cronjob/upgrade\n" in manual()
+    cron_job = named(rendered, "CronJob", "upgrade")
+    job = cron_job["spec"]["jobTemplate"]["spec"]
+    assert (cron_job["spec"]["suspend"], job["backoffLimit"]) == (True, 0)
+    template, servers = job["template"], named(rendered, "Deployment", "mlflow")["spec"]["template"]
+    assert restricted(template) == []
+    # The network policies know the server by these.
+    assert template["metadata"]["labels"] == servers["metadata"]["labels"]
+    assert {**template["spec"], "containers": []} == {**servers["spec"], "containers": [], "restartPolicy": "Never"}
+    (container,), (server,) = template["spec"]["containers"], servers["spec"]["containers"]
+    serving = {"ports", "startupProbe", "readinessProbe", "livenessProbe"}
+    as_server = {name: value for name, value in server.items() if name not in serving}
+    assert container == {**as_server, "name": "upgrade", "command": ["python", "server.py", "upgrade"]}
+
+
+@pytest.mark.slow
+def test_what_the_manual_dumps_it_restores(new_database: Callable[..., Database], tmp_path: Path) -> None:
+    """Its commands, with PostgreSQL's own programs, which `kubectl exec` would run in the pod."""
+    database = new_database()
+    stand_in = tmp_path / "kubectl"
+    stand_in.write_text('#!/bin/sh\nuntil [ "${1---}" = -- ]; do shift; done\n[ $# = 0 ] || { shift; "$@"; }\n')
+    stand_in.chmod(0o755)
+    path = f"{tmp_path}:{Path(program('psql')).parent}:{os.environ['PATH']}"
+    where = {"PGHOST": "127.0.0.1", "PGPORT": str(database.port), "PGPASSWORD": PASSWORD}
+
+    def do(what: str) -> None:
+        (block,) = [code for code in re.findall(r"```sh\n(.*?)```", manual(), re.DOTALL) if f"-- {what} " in code]
+        command = ["bash", "-e", "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env={**where, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def names() -> list[Any]:
+        users = database.execute("SELECT username FROM users", "mlflow_auth")
+        return [*database.execute("SELECT name FROM experiments"), *users]
+
+    database.execute("UPDATE experiments SET name = 'до'")
+    before = names()
+    assert len(before) == 2
+    do("pg_dump")
+    assert (tmp_path / "mlflow_auth.sql").stat().st_mode & 0o777 == 0o600
+    database.execute("UPDATE experiments SET name = 'после'")
+    database.execute("CREATE TABLE of_tomorrow ()")
+    database.execute("UPDATE users SET username = 'после'", "mlflow_auth")
+    do("psql")
+    assert names() == before
+    assert database.execute("SELECT to_regclass('of_tomorrow')") == [(None,)]
 
 
 class Rights:

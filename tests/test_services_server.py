@@ -79,7 +79,7 @@ def test_secrets_are_on_no_command_line_and_in_no_log(new_stack: Callable[..., S
 
 
 def test_names_that_clients_use(new_stack: Callable[..., Stack]) -> None:
-    server = new_stack(AUTH="none", ALLOWED_HOSTS="mlflow.example.org", TLS_HOST="tls.example.org").server
+    server = new_stack(AUTH="none", ALLOWED_HOSTS="mlflow.example.org,[fd12::7]", TLS_HOST="tls.example.org").server
     url = f"{server.uri}/api/2.0/mlflow/experiments/"
 
     def status(host: str, origin: str = "") -> int:
@@ -89,12 +89,14 @@ def test_names_that_clients_use(new_stack: Callable[..., Stack]) -> None:
             return requests.post(f"{url}create", json=json, headers=headers, timeout=20).status_code
         return requests.get(f"{url}search?max_results=1", headers=headers, timeout=20).status_code
 
-    for host in ("localhost:5000", "127.0.0.1", "10.1.2.3:5000", "mlflow.example.org:5000", "tls.example.org"):
+    private = ("localhost:5000", "127.0.0.1", "[::1]:5000", "10.1.2.3:5000")
+    for host in (*private, "mlflow.example.org:5000", "tls.example.org"):
         assert status(host) == 200, host
     assert status("other.example.org") == 403
     # The server's own pages under its names may write; those of other sites may not.
     assert status("tls.example.org:8443", "https://tls.example.org:8443") == 200
     assert status("mlflow.example.org", "http://mlflow.example.org") == 200
+    assert status("[fd12::7]:5000", "http://[fd12::7]:5000") == 200
     assert status("mlflow.example.org", "https://evil.example.org") == 403
 
 

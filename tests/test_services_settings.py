@@ -169,6 +169,6 @@ def test_a_file_that_others_can_read_is_refused(place: Place) -> None:
 
 
 def test_git_leaves_secrets_and_data_alone() -> None:
-    for name in (".env", "data/postgresql", "backups/1/mlflow.sql.gz"):
+    for name in (".env", ".backup.lock", "data/postgresql", "backups/1/mlflow.sql.gz"):
         command = ["git", "-C", str(SERVICES), "check-ignore", "--quiet", "--no-index", name]
         assert subprocess.run(command).returncode in (0, 128), name  # 128: this copy is no clone

@@ -125,7 +125,7 @@ def test_from_the_first_day_of_a_user_to_the_last(
     assert not anna.may(lambda client: client.get_experiment("0"))
 
 
-def test_what_cannot_be_done_is_one_line(new_stack: Callable[..., Stack], tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_one_line(new_stack: Callable[..., Stack]) -> None:
     server = new_stack().server
     said(server, "add", "anna", typed=f"{FIRST}\n")
     anna = server.environment("anna", FIRST)
@@ -148,7 +148,10 @@ def test_what_cannot_be_done_is_one_line(new_stack: Callable[..., Stack], tmp_pa
     assert away.returncode == 1
     assert away.stderr.startswith("error: cannot reach http://127.0.0.1:1 ([Errno 111] Connection refused); ")
 
-    # On the server's own machine nothing has to be said: services/.env does.
+
+def test_on_the_servers_own_machine_nothing_has_to_be_said(new_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    """services/.env does. With TLS the server itself is on loopback, whatever BIND is."""
+    server = new_stack().server
     for name in ("users.py", "settings.py", ".env.example"):
         shutil.copy(SERVICES / name, tmp_path)
     secrets = ("DATABASE_PASSWORD", "FLASK_SECRET_KEY", "S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_ADMIN_ACCESS_KEY")
@@ -157,8 +160,11 @@ def test_what_cannot_be_done_is_one_line(new_stack: Callable[..., Stack], tmp_pa
     (tmp_path / ".env").write_text("\n".join(lines) + "\n")
     (tmp_path / ".env").chmod(0o600)
     silent = dict.fromkeys(server.environment(), "")
-    done = users(server, "list", folder=tmp_path, **silent)
-    assert (done.returncode, done.stdout) == (0, "admin: administrator\nanna: what all may read\n"), done.stderr
+    for where in ({}, {"BIND": "0.0.0.0"}, {"BIND": "192.0.2.1", "TLS": "internal"}):
+        done = users(server, "list", folder=tmp_path, **silent, **where)
+        assert (done.returncode, done.stdout) == (0, "admin: administrator\n"), done.stderr
+    done = users(server, "list", folder=tmp_path, **silent, BIND="::1", MLFLOW_PORT="1")
+    assert done.stderr.startswith("error: cannot reach http://[::1]:1 (")
 
 
 def test_a_server_without_sign_in_has_no_users(new_stack: Callable[..., Stack]) -> None:
