@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlproject_backends import JobError
+from mlproject_backends import JobError, NotSent
 from mlproject_backends.backend import Backend
 from mlproject_backends.config import Config
 from mlproject_backends.job import Job, Output, State, Tell
@@ -55,7 +55,9 @@ class InProcessTarget:
         return self.started[str(process.pid)]
 
     def find(self, tags: Mapping[str, str]) -> "Process":
-        if tags.get(TAG) not in self.started:
+        if TAG not in tags:
+            raise NotSent("no process was started")
+        if tags[TAG] not in self.started:
             raise JobError("no such process")
         return self.started[tags[TAG]]
 

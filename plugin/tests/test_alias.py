@@ -62,6 +62,21 @@ def test_kubernetes_is_this_plugins_backend(in_process_venue: Venue, monkeypatch
     assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
 
 
+@pytest.mark.parametrize(("backend", "loaded"), [("docker", "docker"), ("kubernetes", "mlproject-kubernetes")])
+def test_detach_returns_at_once_though_mlflow_would_wait(
+    in_process_venue: Venue, monkeypatch: pytest.MonkeyPatch, backend: str, loaded: str
+) -> None:
+    import in_process
+
+    monkeypatch.setitem(loader.MLFLOW_BACKENDS, loaded, in_process.InProcessBackend)
+    config = {"image": "none", "detach": True}
+    job = mlflow.projects.run(
+        str(PROJECT), "sleep", parameters={"seconds": "5"}, backend=backend, backend_config=config
+    )
+    assert job.get_status() == "RUNNING"
+    job.cancel()
+
+
 def test_a_run_that_fails_keeps_its_name(in_process_venue: Venue) -> None:
     with pytest.raises(ExecutionException):
         mlflow.projects.run(

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
+import in_process
+from mlproject_backends import JobError
 from mlproject_backends.cli import main
-from venues import Venue, wait_for_line
+from venues import Venue, wait_for, wait_for_line
 
 
 def mlproject(*arguments: str) -> Result:
@@ -92,6 +95,54 @@ def test_follow_ends_as_the_job_does(in_process_venue: Venue) -> None:
     done = mlproject("logs", "--follow", job.run_id)
     assert done.exit_code == 1
     assert done.output.splitlines()[-1] == f"Error: run {job.run_id} failed: exit code 7"
+
+
+@pytest.mark.parametrize("backend", ["docker", "kubernetes"])
+def test_cancel_ends_a_run_whose_launcher_was_killed_before_it_sent_a_job(local_store: Path, backend: str) -> None:
+    client = MlflowClient()
+    run_id = client.create_run("0", tags={"mlproject.backend": backend}).info.run_id
+    assert "was not sent" in mlproject("status", run_id).output
+    done = mlproject("cancel", run_id)
+    assert (done.exit_code, done.output.partition(" by ")[0]) == (0, "KILLED: cancelled")
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert mlproject("status", run_id).output == done.output
+
+
+def test_a_run_that_is_cancelled_while_its_job_is_sent_leaves_no_job(
+    in_process_venue: Venue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, sent = in_process.InProcessTarget.submit, []
+
+    def cancelled(*arguments: Any) -> in_process.Process:
+        sent.append(submit(*arguments))
+        assert mlproject("cancel", in_process_venue.the_run().info.run_id).exit_code == 0
+        return sent[0]
+
+    monkeypatch.setattr(in_process.InProcessTarget, "submit", cancelled)
+    with pytest.raises(JobError, match=r"was cancelled by .* before its job was sent"):
+        in_process_venue.run("sleep")
+    wait_for(lambda: sent[0].state().ended, "the job's end")
+    assert sent[0].state().status == "KILLED"
+    assert in_process_venue.the_run().info.status == "KILLED"
+
+
+def test_an_ended_run_needs_its_engine_no_more(in_process_venue: Venue, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = in_process_venue.run().run_id
+    monkeypatch.setattr(in_process.InProcessTarget, "started", {})  # as on a machine with another engine
+    assert mlproject("status", run_id).output == "FINISHED: exit code 0\n"
+    assert "c" in mlproject("logs", run_id).output.splitlines()
+    assert mlproject("cancel", run_id).output == "FINISHED: exit code 0\n"
+
+
+def test_a_run_that_could_not_be_sent_says_why(in_process_venue: Venue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise JobError("no room")
+
+    monkeypatch.setattr(in_process.InProcessTarget, "submit", refuse)
+    with pytest.raises(JobError):
+        in_process_venue.run()
+    run_id = in_process_venue.the_run().info.run_id
+    assert mlproject("status", run_id).output == "FAILED: the job was not sent: no room\n"
 
 
 def test_the_run_of_another_backend_is_refused(local_store: Path) -> None:

@@ -163,6 +163,16 @@ def test_a_job_that_vanished_has_failed(venue: Venue) -> None:
     assert venue.client.get_run(job.run_id).info.status == "FAILED"
 
 
+def test_the_log_of_a_job_that_vanished_is_kept(venue: Venue) -> None:
+    job = venue.submit("sleep")
+    with pytest.raises(KeyboardInterrupt):  # which stores what there is
+        job.follow(stop_on_interrupt=False, show=lambda line: _thread.interrupt_main() if line == "ready" else None)
+    assert "ready" in venue.log_of(job.run_id)
+    venue.remove(venue.client.get_run(job.run_id))
+    assert JobRun.find(job.run_id, venue.client).state().status == "FAILED"
+    assert "ready" in venue.log_of(job.run_id)
+
+
 def test_a_code_package_that_was_changed_is_not_run(venue: Venue, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = "mlproject_backends.backend.pack"
     from mlproject_backends.code_package import CodePackage, pack

@@ -98,6 +98,7 @@ def test_another_address_of_the_server_may_be_named() -> None:
 @pytest.mark.parametrize(
     ("uri", "artifacts", "mounts"),
     [
+        ("databricks", "dbfs:/databricks/mlflow-tracking/0", ()),
         ("sqlite:////home/me/mlflow.db", "/home/me/mlruns/0", ("/home/me",)),
         ("sqlite:////db/mlflow.db", "file:///other/a%20b", ("/db", "/other/a b")),
         ("file:///runs", "file:///runs/0", ("/runs",)),

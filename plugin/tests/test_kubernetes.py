@@ -361,6 +361,28 @@ def test_a_server_that_is_not_well_is_asked_again(api_server: ApiServer, code: i
     assert len(api_server.store.list("jobs")[0]) == 1
 
 
+@pytest.mark.parametrize("code", [429, 500, 503, 0])
+def test_a_job_is_stopped_though_the_server_is_not_well(api_server: ApiServer, code: int) -> None:
+    submitted = KubernetesTarget(Config("kubernetes")).submit(job("image"))
+    if code:
+        api_server.faults = [Fault(code, "DELETE", "/jobs/", times=2)]
+    else:  # it refuses connections
+        api_server.stop()
+        threading.Timer(1, api_server.start).start()
+    submitted.cancel()
+    assert api_server.store.list("jobs")[0] == []
+    submitted.clean_up()
+
+
+def test_a_job_is_not_stopped_for_ever(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlproject_backends.job_watch.AWAY_S", 1)
+    submitted = KubernetesTarget(Config("kubernetes")).submit(job("image"))
+    api_server.stop()
+    with pytest.raises(Unreachable, match="does not answer"):
+        submitted.cancel()
+    submitted.clean_up()
+
+
 def test_the_namespace_is_the_configs_the_templates_or_the_contexts(api_server: ApiServer, tmp_path: Path) -> None:
     template = tmp_path / "template.yaml"
     template.write_text("{kind: Job, metadata: {namespace: of-the-template}}")

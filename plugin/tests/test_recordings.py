@@ -131,6 +131,15 @@ def test_a_job_that_its_ttl_took_before_anyone_looked_has_failed(api_server: Api
     submitted.clean_up()
 
 
+def test_a_blocked_job_is_deleted_though_the_server_is_not_well(api_server: ApiServer) -> None:
+    api_server.controller = Replay(Recording("unschedulable"))
+    api_server.faults.append(Fault(503, "DELETE", "/jobs/", times=2))
+    submitted = KubernetesTarget(CONFIG).submit(JOB)
+    assert submitted.watch(print, print).status == "FAILED"
+    assert api_server.store.list("jobs")[0] == []
+    submitted.clean_up()
+
+
 @pytest.mark.parametrize(
     ("name", "words", "option"),
     [

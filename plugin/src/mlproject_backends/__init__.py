@@ -6,6 +6,7 @@ Exceptions, all of them for people (one line: what was wrong, what was received,
      `- ConfigError          bad input: nothing was started; exit code 2
     mlflow.exceptions.ExecutionException
      `- JobError             the job could not be made, sent or found; exit code 1
+         |- NotSent          the run has no job (yet)
          `- Unreachable      the engine or the cluster does not answer now; trying again may help
 """
 
@@ -23,6 +24,10 @@ class ConfigError(click.ClickException):
 
 class JobError(ExecutionException):
     """The job could not be made, sent or found."""
+
+
+class NotSent(JobError):
+    """The run has no job: none yet, or its launcher was stopped before it sent one."""
 
 
 class Unreachable(JobError):

@@ -1,6 +1,7 @@
 """Small changes to MLflow's own `mlflow run`, made when it is imported: docs/decisions/0009 says why each is needed.
 
-1. `--backend kubernetes` reaches this plugin: MLflow answers to that name before it looks at plugins.
+1. `--backend kubernetes` reaches this plugin: MLflow answers to that name before it looks at plugins. MLflow does not
+   wait for runs of this plugin's backends, which wait by themselves unless the configuration says `detach`.
 2. Without `--env-manager` and without conda, a conda_env project runs under uv, else virtualenv.
 3. A run whose environment cannot be made ends as FAILED with the reason; stock MLflow leaves it RUNNING for ever.
 4. A tracking server that refuses the sign-in, or a right, is told in one line on every backend.
@@ -50,14 +51,15 @@ class Unused(RunContextProvider):
 
 
 def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """In place of mlflow.projects.run: our Kubernetes backend, which waits by itself, the run's name, short errors."""
+    """In place of mlflow.projects.run: our backends, which wait by themselves, the run's name, short errors."""
     from mlflow.exceptions import ExecutionException, MlflowException
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     if call.arguments.get("backend") == "kubernetes":
         call.arguments["backend"] = PLUGIN_NAME
-        call.arguments["synchronous"] = False
     ours = call.arguments.get("backend") in OUR_BACKENDS
+    if ours:
+        call.arguments["synchronous"] = False
     if ours and isinstance(call.arguments.get("backend_config"), str):
         call.arguments["backend_config"] = _read_config(call.arguments["backend_config"])
     token = run_name.set(call.arguments.get("run_name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,14 +26,14 @@ from mlflow.projects.utils import fetch_and_validate_project, get_or_create_run,
 from mlflow.utils.mlflow_tags import MLFLOW_PROJECT_BACKEND, MLFLOW_PROJECT_ENV, MLFLOW_RUN_NAME
 from mlflow.utils.validation import _validate_param
 
-from mlproject_backends import ConfigError, alias
+from mlproject_backends import ConfigError, JobError, alias
 from mlproject_backends.code_package import CodePackage, pack
 from mlproject_backends.command import Command, job_command
 from mlproject_backends.config import DOCKER, KUBERNETES, Config, declared_resources, parse
 from mlproject_backends.environment import Environment, job_environment
 from mlproject_backends.image import environment_image
 from mlproject_backends.job import Job, Resources, Target
-from mlproject_backends.job_run import TAG_BACKEND, TAG_REASON, JobRun, make_target, tell
+from mlproject_backends.job_run import TAG_BACKEND, TAG_CANCELLED, TAG_REASON, JobRun, make_target, tell
 
 CODE_ARTIFACT = "code"
 
@@ -145,7 +146,15 @@ def _submit(request: _Request, client: MlflowClient, run: Any, experiment: Exper
     _tag(client, run_id, {"mlproject.image": image})
     client.log_artifact(run_id, str(request.package.path), CODE_ARTIFACT)
     submitted = request.target.submit(request.job(run, experiment, image))
-    _tag(client, run_id, submitted.tags)
+    try:
+        _tag(client, run_id, submitted.tags)
+        if cancelled := client.get_run(run_id).data.tags.get(TAG_CANCELLED):  # while there was no job to stop
+            raise JobError(f"run {run_id} was {cancelled}")
+    except BaseException:  # without its tags nobody would find the job again
+        for undo in (submitted.cancel, submitted.clean_up):
+            with contextlib.suppress(JobError):
+                undo()
+        raise
     return JobRun(run_id, submitted, client)
 
 
@@ -263,10 +272,14 @@ def _git_state(folder: Path) -> dict[str, str]:
 
 def _end_unsent(client: MlflowClient, run_id: str, error: BaseException) -> None:
     """End a run that never became a job; the reason that counts is `error`, which goes on to the user."""
-    interrupted = isinstance(error, KeyboardInterrupt)
-    reason = "stopped by Ctrl-C before the job was sent" if interrupted else f"the job was not sent: {_message(error)}"
+    if cancelled := client.get_run(run_id).data.tags.get(TAG_CANCELLED):
+        status, reason = "KILLED", cancelled
+    elif isinstance(error, KeyboardInterrupt):
+        status, reason = "KILLED", "stopped by Ctrl-C before the job was sent"
+    else:
+        status, reason = "FAILED", f"the job was not sent: {_message(error)}"
     client.set_tag(run_id, TAG_REASON, reason[:5000])
-    client.set_terminated(run_id, "KILLED" if interrupted else "FAILED")
+    client.set_terminated(run_id, status)
 
 
 def _message(error: BaseException) -> str:

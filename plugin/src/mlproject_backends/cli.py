@@ -11,10 +11,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, RunStatus, ViewType
 from mlflow.exceptions import ExecutionException, MlflowException
 
-from mlproject_backends import ConfigError, __version__
+from mlproject_backends import ConfigError, NotSent, __version__
 from mlproject_backends.compare import TIMINGS
 from mlproject_backends.compare import compare as compare_runs
-from mlproject_backends.job_run import TAG_BACKEND, TAG_REASON, JobRun, tell
+from mlproject_backends.job_run import TAG_BACKEND, TAG_REASON, JobRun, cancel_unsent, tell
 
 
 class _Commands(click.Group):
@@ -61,9 +61,14 @@ def logs(run_id: str, follow: bool) -> None:
 @click.argument("run_id")
 def cancel(run_id: str) -> None:
     """Stop a run's job and end the run as KILLED."""
-    found = JobRun.find(run_id, MlflowClient())
-    found.cancel()
-    state = found.state()
+    client = MlflowClient()
+    try:
+        found = JobRun.find(run_id, client)
+    except NotSent:
+        state = cancel_unsent(run_id, client)
+    else:
+        found.cancel()
+        state = found.state()
     click.echo(f"{state.status}: {state.reason}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import docker.errors
 
-from mlproject_backends import JobError, Unreachable
+from mlproject_backends import JobError, NotSent, Unreachable
 from mlproject_backends.config import Config
 from mlproject_backends.engine import connect, engine_errors, pull, refusal
 from mlproject_backends.environment import is_loopback
@@ -110,9 +110,9 @@ class DockerTarget:
         return submitted
 
     def find(self, tags: Mapping[str, str]) -> SubmittedContainer:
-        """The container that an earlier submit() started. Raises JobError where another engine runs it."""
+        """The container that an earlier submit() started. Raises NotSent, and JobError where another engine runs it."""
         if CONTAINER_TAG not in tags:
-            raise JobError(f"the run has no tag {CONTAINER_TAG}: it was not sent to Docker")
+            raise NotSent(f"the run has no tag {CONTAINER_TAG}: it was not sent to Docker")
         client = connect()
         with engine_errors("to describe itself"):
             info = client.info()

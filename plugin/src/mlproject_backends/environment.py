@@ -99,6 +99,8 @@ def _local_folders(uri: str, artifact_root: str) -> tuple[str, ...]:
 
 def _local_path(address: str) -> Path | None:
     scheme, path = re.match(r"(?:([\w+.-]+):(?://)?)?(.*)", address).groups()  # type: ignore[union-attr]
+    if address == "databricks":
+        return None
     local = scheme is None or scheme == "file" or scheme.startswith("sqlite")
     return Path(urllib.parse.unquote(path) if scheme == "file" else path.replace("//", "/")) if local else None
 

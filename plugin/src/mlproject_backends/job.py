@@ -100,4 +100,4 @@ class Target(Protocol):
         """Send what render() returns, and the secrets by a safe way."""
 
     def find(self, tags: Mapping[str, str]) -> Submitted:
-        """The job whose `tags` these are, sent before, maybe by another process."""
+        """The job whose `tags` these are, sent before, maybe by another process; NotSent where they name none."""

@@ -19,7 +19,7 @@ from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.projects import SubmittedRun
 
-from mlproject_backends import JobError, Unreachable
+from mlproject_backends import JobError
 from mlproject_backends.config import DOCKER, KUBERNETES, Config
 from mlproject_backends.inside import CANNOT_START, TIMED_OUT, first_line
 from mlproject_backends.job import Output, State, Submitted, Target, Tell
@@ -58,30 +58,30 @@ def tell(sentence: str) -> None:
 class JobRun(SubmittedRun):
     """MLflow's handle of a submitted job, for all targets."""
 
-    def __init__(self, run_id: str, submitted: Submitted, client: MlflowClient):
+    def __init__(self, run_id: str, submitted: Submitted | None, client: MlflowClient, ended: State | None = None):
         self._run_id = run_id
-        self._submitted = submitted
+        self._submitted = submitted  # None only where the run has `ended`
         self._client = client
-        self._ended: State | None = None
+        self._ended = ended
 
     @classmethod
     def find(cls, run_id: str, client: MlflowClient) -> JobRun:
         """The job of a run that was started before, maybe by another process and on another day.
 
         Raises:
-            JobError: the run does not exist or was not started by one of the backends.
+            JobError: the run does not exist or was not started by one of the backends; NotSent: it has no job yet.
         """
         run = _run(client, run_id)
         tags = run.data.tags
         backend = tags.get(TAG_BACKEND)
         if backend not in TARGETS:
             raise JobError(f"run {run_id} was not started by the docker or kubernetes backend: it has no job")
+        if ended := _settled(run):  # its engine or cluster may be gone, or out of reach from here
+            return cls(run_id, None, client, ended)
         config = Config(
             backend, kube_context=tags.get("mlproject.kube_context"), namespace=tags.get("mlproject.kube_namespace")
         )
-        found = cls(run_id, make_target(config).find(tags), client)
-        found._ended = _settled(run)
-        return found
+        return cls(run_id, make_target(config).find(tags), client)
 
     @property
     def run_id(self) -> str:
@@ -92,15 +92,21 @@ class JobRun(SubmittedRun):
         """Whether the run has ended and says why: there is nothing more to ask the target."""
         return self._ended is not None
 
+    @property
+    def _job(self) -> Submitted:
+        if self._submitted is None:
+            raise AssertionError("not reached: nothing is asked of the job of a settled run")
+        return self._submitted
+
     def state(self) -> State:
         """How the job stands; a job that has ended ends its run too, with its log stored."""
         if self._ended:
             return self._ended
-        state = self._submitted.state()
+        state = self._job.state()
         if not state.ended:
             return state
         with _Log(self._client, self._run_id) as log:
-            self._submitted.logs(log.write)
+            self._job.logs(log.write)
         return self._settle(log.explain(state))
 
     def follow(self, stop_on_interrupt: bool = True, tell: Tell = tell, show: Output = show) -> State:
@@ -111,7 +117,7 @@ class JobRun(SubmittedRun):
         if self._ended:
             return self._ended
         with _Log(self._client, self._run_id) as log:
-            watching = _Watch(self._submitted, log.both(tell, "mlproject: "), log.both(show))
+            watching = _Watch(self._job, log.both(tell, "mlproject: "), log.both(show))
             interrupted = False
             try:
                 state = watching.wait()
@@ -129,7 +135,7 @@ class JobRun(SubmittedRun):
     def logs(self, show: Output = show) -> None:
         """The job's output so far; once the run has ended, from its artifacts."""
         if not self._ended:
-            self._submitted.logs(show)
+            self._job.logs(show)
             return
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -150,13 +156,16 @@ class JobRun(SubmittedRun):
         if self.state().ended:
             return
         with _Log(self._client, self._run_id) as log:
-            watching = _Watch(self._submitted, log.write, log.write)
+            watching = _Watch(self._job, log.write, log.write)
             state = self._stop(f"cancelled by {getpass.getuser()}", watching)
         self._settle(state)
 
     def _stop(self, reason: str, watching: _Watch) -> State:
-        self._client.set_tag(self._run_id, TAG_CANCELLED, reason)
-        self._submitted.cancel()
+        try:
+            self._client.set_tag(self._run_id, TAG_CANCELLED, reason)
+        except MlflowException as error:
+            tell(f"the run cannot be told that it was {reason}; the job is stopped all the same: {first_line(error)}")
+        self._job.cancel()
         return watching.wait()
 
     def _settle(self, state: State) -> State:
@@ -180,8 +189,8 @@ class JobRun(SubmittedRun):
         if script != state.status:
             self._client.set_terminated(run_id, state.status)
         self._ended = state
-        with contextlib.suppress(Unreachable):  # an engine that is gone for good has nothing to clean up either
-            self._submitted.clean_up()
+        with contextlib.suppress(JobError):  # the run has ended as it says, whatever is left of the job
+            self._job.clean_up()
         return state
 
 
@@ -207,7 +216,10 @@ class _Watch:
 
 
 class _Log:
-    """A file that gathers a job's output and becomes the artifact logs/job.log when the block ends."""
+    """A file that gathers a job's output and becomes the artifact logs/job.log when the block ends.
+
+    An empty one, as of a job that is gone, does not take the place of one that was stored before.
+    """
 
     def __init__(self, client: MlflowClient, run_id: str):
         self._client, self._run_id = client, run_id
@@ -247,14 +259,27 @@ class _Log:
 
         return write
 
+    def _is_stored(self) -> bool:
+        return any(item.path == f"logs/{LOG}" for item in self._client.list_artifacts(self._run_id, "logs"))
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._folder, self._lock:
             self._broken = True
             try:
                 self._file.close()
-                self._client.log_artifact(self._run_id, str(self._path), "logs")
+                if self._path.stat().st_size or not self._is_stored():
+                    self._client.log_artifact(self._run_id, str(self._path), "logs")
             except (MlflowException, OSError) as reason:
                 tell(f"the log is not among the run's artifacts: {first_line(reason)}")
+
+
+def cancel_unsent(run_id: str, client: MlflowClient) -> State:
+    """End a run that has no job as KILLED; a launcher that still works on it sees that, and keeps none."""
+    state = State("KILLED", f"cancelled by {getpass.getuser()} before its job was sent")
+    client.set_tag(run_id, TAG_CANCELLED, state.reason)
+    client.set_tag(run_id, TAG_REASON, state.reason)
+    client.set_terminated(run_id, state.status)
+    return state
 
 
 def _run(client: MlflowClient, run_id: str) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlproject_backends import JobError, Unreachable
 from mlproject_backends.cluster import Cluster, Refused
-from mlproject_backends.following import Connection, Inbox, PodLog, Watcher
+from mlproject_backends.following import AWAY_S, LONGEST_PAUSE_S, Connection, Inbox, PodLog, Watcher
 from mlproject_backends.job import Output, State, Tell
 from mlproject_backends.manifests import JOB_NAME, MAIN
 from mlproject_backends.status import (
@@ -192,7 +192,7 @@ class JobWatch:
         _, state = given_up(self._job, self._obstacle)
         self._end(state)
         with contextlib.suppress(JobError):  # it has failed in any case, and says why
-            self._cluster.delete(self._cluster.path("jobs", self._name), propagationPolicy="Background")
+            delete_job(self._cluster, self._name)
 
     def _drain(self) -> None:
         """Wait until all pods' output was passed on: of those that ended, however long it is."""
@@ -207,3 +207,26 @@ class JobWatch:
                 self._tell("the job's output may not be complete: its pods did not end in time")
                 break
             self._handle_next(0.1)
+
+
+def delete(cluster: Cluster, kind: str, name: str) -> None:
+    """Delete an object and, in the background, what it owns: a bare delete of a Job would leave its pods running."""
+    try:
+        cluster.delete(cluster.path(kind, name), propagationPolicy="Background")
+    except Refused as error:
+        if error.status != 404:
+            raise
+
+
+def delete_job(cluster: Cluster, name: str) -> None:
+    """Delete a Job, again while the API server is not well: nothing else would stop it. Gives up after AWAY_S."""
+    began, pause_s = time.monotonic(), 0.25
+    while True:
+        try:
+            delete(cluster, "jobs", name)
+            return
+        except Unreachable:
+            if time.monotonic() - began > AWAY_S:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)

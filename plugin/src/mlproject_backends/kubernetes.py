@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from mlproject_backends import ConfigError, JobError, Unreachable
+from mlproject_backends import ConfigError, JobError, NotSent, Unreachable
 from mlproject_backends.cluster import IN_CLUSTER, Cluster, Refused
 from mlproject_backends.config import Config
 from mlproject_backends.following import LogLines
 from mlproject_backends.job import Job, Output, State, Tell
-from mlproject_backends.job_watch import JobWatch
+from mlproject_backends.job_watch import JobWatch, delete, delete_job
 from mlproject_backends.manifests import JOB_NAME, MAIN, Manifest, render
 from mlproject_backends.status import (
     blocked_since,
@@ -84,7 +84,7 @@ class KubernetesTarget:
         except BaseException:
             for kind in ("jobs", "services", "secrets") if sent else ():
                 with contextlib.suppress(JobError):
-                    _delete(cluster, kind, job.name)
+                    delete(cluster, kind, job.name)
             cluster.close()
             raise
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job.name, "uid": made["metadata"]["uid"]}
@@ -97,7 +97,7 @@ class KubernetesTarget:
     def find(self, tags: Mapping[str, str]) -> SubmittedJob:
         """The Job that an earlier submit() sent."""
         if JOB_TAG not in tags:
-            raise JobError(f"the run has no tag {JOB_TAG}: it was not sent to Kubernetes")
+            raise NotSent(f"the run has no tag {JOB_TAG}: it was not sent to Kubernetes")
         context = self._config.kube_context or tags.get(CONTEXT_TAG)
         return SubmittedJob(Cluster.connect(context, tags.get(NAMESPACE_TAG)), tags[JOB_TAG])
 
@@ -167,16 +167,19 @@ class SubmittedJob:
 
     def cancel(self) -> None:
         self._cancelled.set()
-        _delete(self._cluster, "jobs", self._name)
+        delete_job(self._cluster, self._name)
 
     def clean_up(self) -> None:
         """Delete the Secret and the Service; the Job stays for a day, or what its template says, to be looked at.
 
         One that was given up would wait for ever, and goes.
         """
-        for kind in ("jobs", "secrets", "services") if self._given_up else ("secrets", "services"):
+        if self._given_up:
             with contextlib.suppress(JobError):
-                _delete(self._cluster, kind, self._name)
+                delete_job(self._cluster, self._name)
+        for kind in ("secrets", "services"):
+            with contextlib.suppress(JobError):
+                delete(self._cluster, kind, self._name)
         self._cluster.close()
 
     def _pods(self) -> list[dict[str, Any]]:
@@ -217,12 +220,3 @@ def _create(cluster: Cluster, job: Job, manifest: Manifest, **parameters: str) -
                 ) from error
             raise
     raise AssertionError("not reached")
-
-
-def _delete(cluster: Cluster, kind: str, name: str) -> None:
-    """Delete an object and, in the background, what it owns: a bare delete of a Job would leave its pods running."""
-    try:
-        cluster.delete(cluster.path(kind, name), propagationPolicy="Background")
-    except Refused as error:
-        if error.status != 404:
-            raise
