@@ -131,6 +131,17 @@ def test_a_job_that_its_ttl_took_before_anyone_looked_has_failed(api_server: Api
     submitted.clean_up()
 
 
+def test_a_job_that_is_seen_to_fail_before_its_pods_are_says_why(api_server: ApiServer) -> None:
+    """Nothing is heard of the pods, but they can be listed in the end."""
+    api_server.controller = Replay(Recording("exit-code"), pace=0)
+    api_server.faults.append(Fault(500, "GET", "/pods", "watch=", times=1000))
+    submitted = KubernetesTarget(CONFIG).submit(JOB)
+    state = submitted.watch(print, print)
+    submitted.clean_up()
+    assert (state.status, state.exit_code) == ("FAILED", 7)
+    assert "exit code 7" in state.reason
+
+
 def test_a_blocked_job_is_deleted_though_the_server_is_not_well(api_server: ApiServer) -> None:
     api_server.controller = Replay(Recording("unschedulable"))
     api_server.faults.append(Fault(503, "DELETE", "/jobs/", times=2))

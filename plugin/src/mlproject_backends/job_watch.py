@@ -45,6 +45,7 @@ class JobWatch:
         self._events: dict[str, dict[str, Any]] = {}  # the latest last
         self._logs: dict[str, PodLog] = {}
         self._state: State | None = None  # once it has ended
+        self._ended_by_itself = False  # and not because someone deleted the Job or it was given up
         self._failure: Exception | None = None
         self._obstacle: Obstacle | None = None
         self._blocked_since = 0.0  # when the first obstacle of its kind was seen
@@ -73,7 +74,7 @@ class JobWatch:
                 self._handle_next(self._time_left())
                 self._give_up_in_time()
             self._drain()
-            return self._state
+            return self._explained(self._state)
         finally:
             self._connection.stopped.set()
             self._cluster.close_streams()
@@ -154,6 +155,7 @@ class JobWatch:
         pods, events = list(self._pods.values()), list(self._events.values())
         state = kubernetes_state(self._job, pods, events)
         if state.ended:
+            self._ended_by_itself = True
             self._end(state)
             return
         obstacle = kubernetes_obstacle(self._job, pods, events)
@@ -178,6 +180,12 @@ class JobWatch:
     def _end(self, state: State) -> None:
         if self._state is None:
             self._state = state
+
+    def _explained(self, state: State) -> State:
+        """The end, by all pods: a Job may be seen to have failed before its pods are, which know why."""
+        if self._job is None or not self._ended_by_itself:
+            return state
+        return kubernetes_state(self._job, list(self._pods.values()), list(self._events.values()))
 
     def _time_left(self) -> float | None:
         if self._obstacle is None or self._job is None:
